@@ -1,0 +1,37 @@
+"""The base class of every guard, and of every guard's options."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from pydantic import BaseModel, ConfigDict
+
+from mmguard_plugins.types import PartKind
+
+
+class StrictModel(BaseModel):
+    """Options that cannot be misspelt or changed: unknown names are errors, values are frozen."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Guard:
+    """A plugin that judges requests or responses, or smooths features.
+
+    Subclasses name their options in `Config`, the kinds of part they look at in `inspects`, and
+    implement hooks of `mmguard_plugins.hookspecs` with `@hookimpl`. A guard holds no per-request
+    state: one instance serves every thread.
+
+    `inline` is a promise: each hook bounds its own time (to about a millisecond, or by its own
+    time-out), so the engine may call it on the caller's thread. Every other guard runs on a thread
+    of its own, where the configured time-out can abandon it.
+    """
+
+    Config: ClassVar[type[StrictModel]] = StrictModel
+    inspects: ClassVar[frozenset[PartKind]] = frozenset({PartKind.TEXT})
+    inline: ClassVar[bool] = False
+
+    def __init__(self, config: StrictModel | None = None, name: str = "") -> None:
+        """Take validated options and the name this guard signs with (default: its class's name)."""
+        self.config = config if config is not None else self.Config()
+        self.name = name or type(self).__name__

@@ -1,0 +1,1 @@
+"""Blocks configured phrases and patterns in requests, pictures' words and answers."""

@@ -1,0 +1,118 @@
+"""The guard `banned_text`, which is also the example for guard writers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any, ClassVar
+
+import regex
+
+from mmguard_plugins.guard import Guard, StrictModel
+from mmguard_plugins.guards.banned_text.config import BannedTextConfig
+from mmguard_plugins.hookspecs import hookimpl
+from mmguard_plugins.types import Action, Redaction, Request, Response, Verdict
+
+# What stands behind a match can undo it: `bad\b` until the next character, a look-ahead further on.
+_NEAR, _FAR = 1, 64
+
+
+class BannedText(Guard):
+    """Stops text that contains one of the configured phrases or patterns, going in or coming out.
+
+    While an answer streams, text from where a match may have begun is held back, so nothing of a
+    match is released. The promise holds for patterns whose look-ahead is at most 64 characters.
+    Patterns run under a time-out (a crafted text can make a regular expression take for ever);
+    running into it is an error, which blocks.
+    """
+
+    Config: ClassVar[type[StrictModel]] = BannedTextConfig
+    config: BannedTextConfig
+    inline: ClassVar[bool] = True
+
+    def __init__(self, config: StrictModel | None = None, name: str = "") -> None:
+        """Compile everything once."""
+        super().__init__(config, name)
+        self._action = Action[self.config.action.upper()]
+        self._rules = tuple(self._compile())
+        self._allow = Verdict(self.name, Action.ALLOW, score=0.0)
+
+    @hookimpl
+    def check_input(self, request: Request) -> Verdict:
+        """Look for each phrase and pattern in all text of the request."""
+        return self._verdict(self._hits(((request.text, 0),)))
+
+    @hookimpl
+    def check_output(self, response: Response) -> Verdict:
+        """Look for them in the response, or in what is new of a growing one."""
+        if response.finished:
+            return self._verdict(self._hits(response.unread()))
+        hits: list[str] = []
+        hold = 0
+        for text, start in response.unread():
+            hold = len(text)
+            for rule, timeout, doubt in self._rules:
+                begin = self._read(rule, timeout, doubt, text, start, hits)
+                hold = min(hold, begin)
+        return self._verdict(hits, hold)
+
+    def _read(
+        self, rule: Any, timeout: float | None, doubt: int, text: str, start: int, hits: list[str]
+    ) -> int:
+        """Note complete matches of one rule; return where one that is not yet certain begins."""
+        while True:
+            match = rule.search(text, start, timeout=timeout, partial=True)
+            if match is None:
+                return len(text)
+            if match.partial:
+                # A complete match may hide behind a partial one that started earlier.
+                whole = rule.search(text, match.start(), timeout=timeout)
+                if whole is not None and whole.end() + doubt <= len(text):
+                    hits.append(whole.group())
+                return int(match.start())
+            if match.end() + doubt > len(text):
+                return int(match.start())
+            hits.append(match.group())
+            start = match.end()
+
+    def _compile(self) -> Iterator[tuple[Any, float | None, int]]:
+        """Yield each rule with its time-out and the characters behind a match that may undo it."""
+        for phrase in self.config.phrases:
+            words = r"\s+".join(regex.escape(word) for word in phrase.split())
+            yield regex.compile(words, regex.IGNORECASE), None, 0
+        for pattern in self.config.patterns:
+            far = any(sign in pattern for sign in ("(?=", "(?!", "$", r"\Z"))
+            yield (
+                regex.compile(pattern, regex.IGNORECASE),
+                self.config.pattern_timeout_s,
+                _FAR if far else _NEAR,
+            )
+
+    def _hits(self, texts: Iterable[tuple[str, int]]) -> list[str]:
+        redacting = self._action is Action.REDACT
+        hits: list[str] = []
+        for text, start in texts:
+            for rule, timeout, _ in self._rules:
+                if redacting:
+                    hits += (m.group() for m in rule.finditer(text, start, timeout=timeout))
+                elif match := rule.search(text, start, timeout=timeout):
+                    hits.append(match.group())
+        return hits
+
+    def _verdict(self, hits: list[str], hold_from: int | None = None) -> Verdict:
+        if not hits:
+            if hold_from is None:
+                return self._allow
+            return Verdict(self.name, Action.ALLOW, score=0.0, hold_from=hold_from)
+        redactions: tuple[Redaction, ...] = ()
+        if self._action is Action.REDACT:
+            unique = dict.fromkeys(hits)
+            redactions = tuple(Redaction(hit, self.config.replacement) for hit in unique)
+        return Verdict(
+            self.name,
+            self._action,
+            score=1.0,
+            categories={self.config.category: 1.0},
+            reason=f"{len(hits)} banned phrase(s)",
+            redactions=redactions,
+            hold_from=hold_from,
+        )
