@@ -95,7 +95,7 @@ class StreamConfig(StrictModel):
     `hold_tokens` tokens stay back.
     """
 
-    check_every_tokens: int = Field(default=10, ge=1, le=1000, description="Tokens between checks.")
+    check_every_tokens: int = Field(default=16, ge=1, le=1000, description="Tokens between checks.")
     check_every_s: float = Field(default=0.02, ge=0, le=60, description="Seconds between checks.")
     hold_tokens: int = Field(default=10, ge=0, le=1000, description="Tokens held back.")
     max_held_tokens: int = Field(
@@ -211,7 +211,10 @@ def json_schema() -> dict[str, Any]:
 
 def explain(error: ValidationError) -> list[tuple[Location, str]]:
     """Return each problem of a pydantic error: its location, and what is wrong and right."""
-    return [(tuple(e["loc"]), _problem(e)) for e in error.errors(include_url=False)]
+    problems = [(tuple(e["loc"]), _problem(e)) for e in error.errors(include_url=False)]
+    # A wrong item makes pydantic report its list as too short as well: keep the cause only.
+    deeper = {loc[:n] for loc, _ in problems for n in range(1, len(loc))}
+    return [(loc, text) for loc, text in problems if loc not in deeper]
 
 
 def _validate(data: dict[str, Any], name: str, lines: Mapping[Location, int]) -> Config:

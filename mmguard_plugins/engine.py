@@ -55,6 +55,38 @@ _NO_COVERAGE = Coverage()
 _ONE_SEEN = Coverage(parts=1, inspected=1)
 
 
+class Tier:
+    """Guards that are asked side by side; later tiers are asked only if this one leaves a doubt."""
+
+    def __init__(self, calls: tuple[GuardCall, ...]) -> None:
+        """Look once at what decides how the guards are asked."""
+        self.calls = calls
+        self._inline = all(call.inline for call in calls)
+        self._bars = [
+            (i, bar) for i, c in enumerate(calls) if (bar := c.entry.settle_below) is not None
+        ]
+        self.may_settle = bool(self._bars)
+
+    def ask(self, arguments: tuple[Any, ...]) -> list[Ruling]:
+        """Ask every guard: slow ones side by side on threads, quick ones here meanwhile."""
+        if self._inline:
+            return [call(*arguments) for call in self.calls]
+        waiting = [None if call.inline else call.start(*arguments) for call in self.calls]
+        here = [call(*arguments) if call.inline else None for call in self.calls]
+        return [
+            ruling or finish()  # type: ignore[misc]  # one of the two is set
+            for ruling, finish in zip(here, waiting, strict=True)
+        ]
+
+    def settles(self, rulings: Sequence[Ruling]) -> bool:
+        """Whether each guard that may settle the stage is sure enough; `rulings` ends with ours."""
+        own = [ruling.verdict for ruling in rulings[-len(self.calls) :]]
+        return all(
+            not own[i].failed and (score := own[i].score) is not None and score <= bar
+            for i, bar in self._bars
+        )
+
+
 class Engine:
     """Runs the configured guards.
 
@@ -190,7 +222,7 @@ class Engine:
 
     def _require_cover(self) -> None:
         """Refuse to start when text, the one part every request has, would never be looked at."""
-        covered = any(PartKind.TEXT in call.inspects for tier in self._input for call in tier)
+        covered = any(PartKind.TEXT in call.inspects for tier in self._input for call in tier.calls)
         if not covered and self.config.uninspected_action(PartKind.TEXT) is Action.BLOCK:
             raise ConfigError(
                 "no guard checks the text of requests, so every request would be blocked;"
@@ -200,7 +232,10 @@ class Engine:
     def _admit(self, request: Request) -> tuple[Request, str]:
         """Decode the images; return the limit that the request breaks, if any."""
         limits, parts = self.config.limits, request.parts
-        characters = sum(len(part.text) for part in parts)
+        if len(parts) == 1:
+            characters = len(parts[0].text)
+        else:
+            characters = sum(len(part.text) for part in parts)
         if characters > limits.max_text_chars:
             return request, f"{characters} characters are over max_text_chars"
         if len(parts) > limits.max_parts:
@@ -211,28 +246,29 @@ class Engine:
             return request, f"{len(request.images)} images are over max_images"
         return request.with_messages([_admit_images(m, limits) for m in request.messages]), ""
 
-    def _stage(
-        self, stage: Stage, tiers: Sequence[Sequence[GuardCall]], arguments: tuple[Any, ...]
-    ) -> Decision:
+    def _stage(self, stage: Stage, tiers: Sequence[Tier], arguments: tuple[Any, ...]) -> Decision:
         """Ask tier after tier until one blocks or settles; the strictest ruling wins."""
         asked: list[GuardCall] = []
         rulings: list[Ruling] = []
         skipped: tuple[str, ...] = ()
         action, gap, coverage = Action.ALLOW, Action.ALLOW, _NO_COVERAGE
         for number, tier in enumerate(tiers):
-            asked += tier
-            rulings += _ask(tier, arguments)
+            asked += tier.calls
+            rulings += tier.ask(arguments)
             if stage is Stage.INPUT:
-                arguments = (self._share_findings(arguments[0], asked, rulings, len(tier)),)
+                if any([ruling.verdict.found for ruling in rulings]):  # noqa: C419 - half the time
+                    arguments = (
+                        self._share_findings(arguments[0], asked, rulings, len(tier.calls)),
+                    )
                 coverage, gap = self._coverage(arguments[0], asked, rulings)
-            action = max(ruling.action for ruling in rulings)
-            settled = action is Action.ALLOW and gap is Action.ALLOW and _settles(tier, rulings)
+            action = rulings[0].action if len(rulings) == 1 else max([r.action for r in rulings])
+            settled = tier.may_settle and max(action, gap) is Action.ALLOW and tier.settles(rulings)
             if action is Action.BLOCK or settled:
-                skipped = tuple(call.label for rest in tiers[number + 1 :] for call in rest)
+                skipped = tuple(call.label for rest in tiers[number + 1 :] for call in rest.calls)
                 break
         reason = ""
         if gap > action:
-            action, reason = gap, _gap_reason(coverage)
+            action, reason = gap, _gap_reason(arguments[0], coverage)
         elif action is Action.REDACT and stage is Stage.INPUT:
             reason = _redaction_problem(arguments[0], rulings)
             action = Action.BLOCK if reason else action
@@ -266,6 +302,9 @@ class Engine:
         self, request: Request, asked: Sequence[GuardCall], rulings: Sequence[Ruling]
     ) -> tuple[Coverage, Action]:
         """Count what was looked at, and say what the parts nobody looked at lead to."""
+        parts = request.parts
+        if len(parts) == 1 and not parts[0].problem and _saw(asked[0], rulings[0], parts[0]):
+            return _ONE_SEEN, Action.ALLOW
         kinds: set[PartKind] = set()
         sources: set[str] = set()
         excused: set[PartKind] = set()
@@ -277,9 +316,6 @@ class Engine:
                 kinds |= call.inspects
             else:
                 sources.update(ruling.verdict.inspected)
-        parts = request.parts
-        if len(parts) == 1 and parts[0].kind in kinds and not parts[0].problem:
-            return _ONE_SEEN, Action.ALLOW
         sent = inspected = refused = undecodable = 0
         uninspected: list[str] = []
         gap = Action.ALLOW
@@ -298,16 +334,16 @@ class Engine:
         return Coverage(sent, inspected, refused, undecodable, tuple(uninspected)), gap
 
     def _count(self, decision: Decision) -> Decision:
+        failed = [ruling for ruling in decision.rulings if ruling.verdict.failed]
         with self._count_lock:
-            self._counts[_COUNTER[decision.stage, decision.action]] += 1
-            for ruling in decision.rulings:
-                if ruling.verdict.failed:
-                    self._counts["errors"] += 1
-                    self._counts["errors_allowed"] += ruling.action is Action.ALLOW
+            self._counts[_COUNTER[decision.stage][decision.action]] += 1
+            for ruling in failed:
+                self._counts["errors"] += 1
+                self._counts["errors_allowed"] += ruling.action is Action.ALLOW
         return decision
 
 
-_COUNTER = {(s, a): f"{s.value}.{a.name.lower()}" for s in Stage for a in Action}
+_COUNTER = {s: [f"{s.value}.{action.name.lower()}" for action in Action] for s in Stage}
 
 
 def _tiers(
@@ -317,7 +353,7 @@ def _tiers(
     breakers: Mapping[str, Breaker],
     hook: str,
     parameters: tuple[str, ...],
-) -> tuple[tuple[GuardCall, ...], ...]:
+) -> tuple[Tier, ...]:
     """Return the guards of a hook as callable tiers, lowest tier first, in the configured order."""
     found = {i.plugin_name: i for i in getattr(plugins.hook, hook).get_hookimpls()}
     tiers: dict[int, list[GuardCall]] = {}
@@ -336,7 +372,7 @@ def _tiers(
             may_find=hook == "check_input",
         )
         tiers.setdefault(entry.tier, []).append(call)
-    return tuple(tuple(tiers[number]) for number in sorted(tiers))
+    return tuple(Tier(tuple(tiers[number])) for number in sorted(tiers))
 
 
 def _smoother(
@@ -355,26 +391,10 @@ def _smoother(
     return found.plugin_name, smooth
 
 
-def _ask(tier: Sequence[GuardCall], arguments: tuple[Any, ...]) -> list[Ruling]:
-    """Ask every guard of a tier: slow ones side by side on threads, quick ones meanwhile."""
-    if all(call.inline for call in tier):
-        return [call(*arguments) for call in tier]
-    started = [None if call.inline else call.start(*arguments) for call in tier]
-    rulings = [call(*arguments) if call.inline else None for call in tier]
-    return [
-        ruling if ruling is not None else finish()  # type: ignore[misc]  # one of the two is set
-        for ruling, finish in zip(rulings, started, strict=True)
-    ]
-
-
-def _settles(tier: Sequence[GuardCall], rulings: Sequence[Ruling]) -> bool:
-    """Whether every guard of the tier that may settle the stage is sure enough to do so."""
-    pairs = zip(tier, rulings[-len(tier) :], strict=True)
-    deciding = [(call.entry.settle_below, r.verdict) for call, r in pairs]
-    bars = [(bar, verdict) for bar, verdict in deciding if bar is not None]
-    return bool(bars) and all(
-        not v.failed and v.score is not None and v.score <= bar for bar, v in bars
-    )
+def _saw(call: GuardCall, ruling: Ruling, part: Part) -> bool:
+    """Whether a guard looked at a part, by its class's word."""
+    verdict = ruling.verdict
+    return part.kind in call.inspects and verdict.inspected is None and not verdict.failed
 
 
 def _admit_images(message: Message, limits: Limits) -> Message:
@@ -398,10 +418,11 @@ def _failed_ruling(ruling: Ruling, reason: str) -> Ruling:
     return Ruling(verdict, Action.BLOCK, ruling.seconds)
 
 
-def _gap_reason(coverage: Coverage) -> str:
-    if coverage.undecodable or coverage.refused:
-        return f"{coverage.undecodable} undecodable and {coverage.refused} refused part(s)"
-    return f"no guard looked at {', '.join(coverage.uninspected)}"
+def _gap_reason(request: Request, coverage: Coverage) -> str:
+    problems = [f"{part.source} is {part.problem}" for part in request.parts if part.problem]
+    if coverage.uninspected:
+        problems.append(f"no guard looked at {', '.join(coverage.uninspected)}")
+    return "; ".join(problems)
 
 
 def _redaction_problem(request: Request, rulings: Sequence[Ruling]) -> str:

@@ -32,6 +32,8 @@ def admit(part: Part, limits: Limits) -> Part:
         return replace(part, data=_decode(part.data, limits))
     except _RefusedError as error:
         return replace(part, data=None, problem=f"{REFUSED}{error}")
+    except _UnreadableError as error:
+        return replace(part, data=None, problem=f"{UNDECODABLE}{error}")
     except (
         OSError,
         ValueError,
@@ -51,26 +53,30 @@ def admit(part: Part, limits: Limits) -> Part:
         return replace(part, data=None, problem=f"{UNDECODABLE}{type(error).__name__}")
 
 
-def from_data_url(url: str) -> bytes:
-    """Return the bytes of a base64 data URL. Raises `ValueError` for any other address."""
+def _from_data_url(url: str) -> bytes:
+    """Return the bytes of a base64 data URL. Raises an error for any other address."""
     head, comma, body = url.partition(",")
     if not (head.startswith("data:") and comma and head.endswith(";base64")):
-        raise ValueError("only base64 data URLs are read; nothing is fetched")
+        raise _UnreadableError("an address is not fetched; send a base64 data URL")
     try:
         return base64.b64decode(body, validate=True)
     except binascii.Error as error:
-        raise ValueError("the data URL is not valid base64") from error
+        raise _UnreadableError("the data URL is not valid base64") from error
 
 
 class _RefusedError(Exception):
     """An image breaks a limit."""
 
 
+class _UnreadableError(Exception):
+    """What stands for an image is none; the message holds nothing of the user's."""
+
+
 def _decode(data: Any, limits: Limits) -> Image.Image:
     if isinstance(data, str):
         if len(data) > limits.max_image_bytes * 4 // 3 + 100:
             raise _RefusedError(f"data URL of {len(data)} characters is over max_image_bytes")
-        data = from_data_url(data)
+        data = _from_data_url(data)
     if isinstance(data, bytes | bytearray | memoryview):
         if len(data) > limits.max_image_bytes:
             raise _RefusedError(f"{len(data)} bytes are over max_image_bytes")
@@ -93,7 +99,7 @@ def _open(data: bytes) -> Image.Image:
 
 def _check_size(image: Image.Image, limits: Limits) -> None:
     if image.width < 1 or image.height < 1:
-        raise ValueError("the image has no pixels")
+        raise _UnreadableError("the image has no pixels")
     if image.width * image.height > limits.max_image_pixels:
         raise _RefusedError(f"{image.width}x{image.height} pixels are over max_image_pixels")
     frames = getattr(image, "n_frames", 1)
@@ -105,7 +111,7 @@ def _from_array(data: Any) -> Image.Image:
     """Read a numpy array or torch tensor: (h, w), (h, w, 3|4) or (3|4, h, w); uint8 or 0..1."""
     array = data.numpy() if hasattr(data, "numpy") else data
     if not hasattr(array, "__array_interface__"):
-        raise TypeError(f"a {type(data).__name__} is not an image")
+        raise _UnreadableError(f"a {type(data).__name__} is not an image")
     if array.ndim == 3 and array.shape[0] in (1, 3, 4) and array.shape[2] not in (1, 3, 4):
         array = array.transpose(1, 2, 0)
     if array.ndim == 3 and array.shape[2] == 1:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
 from mmguard_plugins.types import Action, Channel, Decision, Request, Response, Stage
@@ -42,7 +43,11 @@ class OutputStream:
         self._engine = engine
         self._request = request
         self._generate = generate
-        self._config = engine.config.stream
+        config = engine.config.stream
+        self._every = config.check_every_tokens
+        self._seconds = config.check_every_s
+        self._window = config.hold_tokens
+        self._max_held = config.max_held_tokens
         self._channel = Channel.ANSWER
         self._texts = dict.fromkeys(Channel, "")
         self._ends: list[int] = []  # where each unreleased token of the channel ends
@@ -89,10 +94,10 @@ class OutputStream:
 
     def filter(self, tokens: Iterable[str]) -> Iterator[str]:
         """Yield an answer's text as it is released; after a block the refusal, and stop reading."""
-        new, due = self._new, self._is_due
+        new, clock, every, seconds = self._new, time.monotonic, self._every, self._seconds
         for token in tokens:
             new.append(token)
-            if due():
+            if len(new) >= every or clock() - self._last_check >= seconds:
                 yield from (delta.text for delta in self._check())
                 if self.blocked:
                     break
@@ -112,9 +117,9 @@ class OutputStream:
         return await self._engine.off_loop(self.finish)
 
     def _is_due(self) -> bool:
-        if len(self._new) >= self._config.check_every_tokens:
+        if len(self._new) >= self._every:
             return True
-        return time.monotonic() - self._last_check >= self._config.check_every_s
+        return time.monotonic() - self._last_check >= self._seconds
 
     def _turn_to(self, channel: Channel) -> list[Delta]:
         """Judge and release the channel that ends, then start (or resume) `channel`."""
@@ -150,24 +155,25 @@ class OutputStream:
         upto = len(text) if ended else self._safe_end(decision)
         if decision.action is Action.REDACT and not self._plan_redactions(decision, text):
             return self._block("text to redact has been sent already")
-        upto = min([upto, *(start for start, end, _ in self._redactions if start < upto < end)])
+        for start, end, _ in self._redactions:
+            if start < upto < end:
+                upto = start
         if upto > self._released:
             out = self._cut(text, upto)
             self._released = upto
             if self._ends:
                 self._ends = [end for end in self._ends if end > upto]
             return [Delta(channel, out)] if out else []
-        if len(self._ends) > self._config.max_held_tokens:
-            return self._block(f"more than {self._config.max_held_tokens} tokens held back")
+        if len(self._ends) > self._max_held:
+            return self._block(f"more than {self._max_held} tokens held back")
         return []
 
     def _absorb(self) -> str:
         """Append the new tokens to the channel's text and remember where each ends."""
         text = self._texts[self._channel]
-        end = len(text)
-        for token in self._new:
-            end += len(token)
-            self._ends.append(end)
+        ends = accumulate(map(len, self._new), initial=len(text))
+        next(ends)
+        self._ends += ends
         text += "".join(self._new)
         self._texts[self._channel] = text
         self._new.clear()
@@ -177,7 +183,6 @@ class OutputStream:
         """Return the position up to which no guard can still find the start of a violation."""
         holds = [ruling.verdict.hold_from for ruling in decision.rulings]
         known = [hold for hold in holds if hold is not None]
-        window = max(self._config.hold_tokens, 0)
         if len(known) == len(holds) and not decision.skipped:
             self._cleared = max(self._cleared, min(known, default=0))
             if holds:
@@ -186,7 +191,7 @@ class OutputStream:
         # Some guard does not say where a violation may begin: it needs every character again, and
         # the newest tokens stay back.
         self._cleared = 0
-        newest = self._ends[-window - 1] if len(self._ends) > window else self._released
+        newest = self._ends[-self._window - 1] if len(self._ends) > self._window else self._released
         return min([newest, *known])
 
     def _plan_redactions(self, decision: Decision, text: str) -> bool:

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
-from functools import cached_property
-from typing import Any
+from typing import Any, NamedTuple
 
 
 class Action(IntEnum):
@@ -91,8 +90,13 @@ class Sampling:
     echo: bool = False
 
 
+_DEFAULT_SAMPLING = Sampling()
+
+
 class Request:
     """A conversation on its way to the model.
+
+    `parts` holds every part of every turn, in order; what guards found stands behind what was sent.
 
     `Request("hi", images=[image])` is one user turn; `Request(messages=[...])` a whole
     conversation; with both, the text and images become the last user turn. Tool definitions are
@@ -108,43 +112,45 @@ class Request:
         tools: Sequence[str] = (),
         sampling: Sampling | None = None,
     ) -> None:
-        """Collect the turns; `tools` holds each tool definition as JSON text."""
-        turns = list(messages)
+        """Collect the turns; `tools` holds the text of each tool definition."""
+        turns = tuple(messages)
         if text is not None or images:
-            turns.append(Message("user", _own_parts(text, images, len(turns))))
+            turns = (*turns, Message("user", _own_parts(text, images, len(turns))))
         if tools:
-            definitions = (
-                Part(PartKind.TEXT, text=tool, source=f"tools[{i}]") for i, tool in enumerate(tools)
-            )
-            turns.insert(0, Message("tools", tuple(definitions)))
-        self.messages = tuple(turns)
-        self.sampling = sampling or Sampling()
+            definitions = [
+                Part(PartKind.TEXT, tool, None, f"tools[{i}]") for i, tool in enumerate(tools)
+            ]
+            turns = (Message("tools", tuple(definitions)), *turns)
+        self.messages = turns
+        self.sampling = sampling or _DEFAULT_SAMPLING
+        self._text: str | None = None
+        self.parts = (
+            turns[0].parts if len(turns) == 1 else tuple([p for turn in turns for p in turn.parts])
+        )
 
-    @cached_property
-    def parts(self) -> tuple[Part, ...]:
-        """Every part of every turn, in order; what guards found stands behind what was sent."""
-        return tuple(part for message in self.messages for part in message.parts)
-
-    @cached_property
+    @property
     def text(self) -> str:
         """All text of all turns, for matching.
 
         One part a line; where neighbouring turns of one role hold several text parts, the same text
         follows joined without a seam, so that a phrase cut in two is still found.
         """
-        if len(self.parts) == 1:
-            return self.parts[0].text
+        if self._text is None:
+            self._text = self.parts[0].text if len(self.parts) == 1 else self._joined_text()
+        return self._text
+
+    @property
+    def images(self) -> tuple[Part, ...]:
+        """The image parts, in order."""
+        return tuple([part for part in self.parts if part.kind is PartKind.IMAGE])
+
+    def _joined_text(self) -> str:
         lines: list[str] = []
         for role, texts in _runs_by_role(self.messages):
             lines += texts
             if len(texts) > 1 and role != "tools":
                 lines.append("".join(texts))
         return "\n".join(lines)
-
-    @cached_property
-    def images(self) -> tuple[Part, ...]:
-        """The image parts, in order."""
-        return tuple(part for part in self.parts if part.kind is PartKind.IMAGE)
 
     def with_parts(self, found: Sequence[Part]) -> Request:
         """Return this request with parts that a guard found, as one more turn at the end."""
@@ -170,7 +176,7 @@ class Response:
 
     answer: str = ""
     reasoning: str = ""
-    tool_calls: str = ""  # the calls' names and arguments, as JSON text
+    tool_calls: str = ""  # the calls' names and arguments, a line each
     finished: bool = True
     channel: Channel = Channel.ANSWER
     cleared: int = 0
@@ -238,8 +244,7 @@ class Verdict:
     failed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Ruling:
+class Ruling(NamedTuple):
     """A verdict and what the configuration makes of it: `action` is what is done."""
 
     verdict: Verdict
@@ -346,7 +351,7 @@ def _own_parts(text: str | None, images: Sequence[Any], turn: int) -> tuple[Part
     ]
     if text is not None:
         source = f"messages[{turn}].content[{len(parts)}]"
-        parts.append(Part(PartKind.TEXT, text=text, source=source))
+        parts.append(Part(PartKind.TEXT, text, None, source))
     return tuple(parts)
 
 

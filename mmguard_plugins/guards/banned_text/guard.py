@@ -61,7 +61,7 @@ class BannedText(Guard):
         """Note complete matches of one rule; return where one that is not yet certain begins."""
         while True:
             match = rule.search(text, start, timeout=timeout, partial=True)
-            if match is None:
+            if match is None or match.start() == len(text):  # nothing has begun
                 return len(text)
             if match.partial:
                 # A complete match may hide behind a partial one that started earlier.
@@ -81,9 +81,11 @@ class BannedText(Guard):
             yield regex.compile(words, regex.IGNORECASE), None, 0
         for pattern in self.config.patterns:
             far = any(sign in pattern for sign in ("(?=", "(?!", "$", r"\Z"))
+            # Without repetition a search cannot take more than its pattern's size per character.
+            repeats = any(sign in pattern for sign in "*+{")
             yield (
                 regex.compile(pattern, regex.IGNORECASE),
-                self.config.pattern_timeout_s,
+                self.config.pattern_timeout_s if repeats else None,
                 _FAR if far else _NEAR,
             )
 

@@ -1,0 +1,1 @@
+"""Reads the words in pictures and hands them to every guard that reads text."""

@@ -1,0 +1,40 @@
+"""Options of `image_text`."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from mmguard_plugins.guard import StrictModel
+
+
+class ImageTextConfig(StrictModel):
+    """How carefully to read, and where reading stops."""
+
+    min_confidence: float = Field(
+        default=0.0,
+        ge=0,
+        le=1,
+        description="Lines the reader is less sure of are dropped. Above 0, whoever blurs a word"
+        " until the reader doubts it but the model does not has hidden it.",
+    )
+    max_pixels: int = Field(
+        default=1_500_000,
+        ge=65_536,
+        le=50_000_000,
+        description="A larger picture is scaled down to this many pixels before it is read. Give at"
+        " least what the model sees; time and memory grow with it.",
+    )
+    max_lines: int = Field(
+        default=400,
+        ge=1,
+        le=10_000,
+        description="A picture with more pieces of text than this is blocked.",
+    )
+    max_chars: int = Field(
+        default=100_000,
+        ge=1,
+        description="A request whose pictures hold more text than this is blocked.",
+    )
+    threads: int = Field(
+        default=1, ge=1, le=64, description="Threads that one reading may use; at most all cores."
+    )
