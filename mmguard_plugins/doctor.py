@@ -55,7 +55,7 @@ def _package(name: str, extra: str) -> Finding:
         advice = f"install {name} {wanted}"
         return Finding(name, "bad", f"{found} is untested", advice)
     # In a process of its own: an import that fails half-way would leave this one broken.
-    tried = subprocess.run(  # noqa: S603 - our own interpreter and a constant name
+    tried = subprocess.run(  # noqa: S603 - our own interpreter, a constant name
         [sys.executable, "-c", f"import {name}"],
         capture_output=True,
         text=True,

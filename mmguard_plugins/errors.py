@@ -1,5 +1,12 @@
 """Every error mmguard raises; messages read `<what> <is wrong>; <what would be right>`."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mmguard_plugins.types import Decision
+
 
 class MMGuardError(Exception):
     """The root of mmguard's errors: catch it to catch them all."""
@@ -21,8 +28,13 @@ class VersionError(AdapterError):
     """An installed framework is outside the range mmguard was tested with."""
 
 
-class Blocked(MMGuardError):  # noqa: N818 - reads as what happened
+class Blocked(MMGuardError):
     """A request or answer was blocked and the caller asked for an exception (`raise_on_block`)."""
+
+    def __init__(self, message: str, decision: Decision | None = None) -> None:
+        """Take the message and the decision that led to it."""
+        super().__init__(message)
+        self.decision = decision
 
 
 class EncodeError(MMGuardError):
