@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import gc
+import itertools
 import json
 import os
 import platform
@@ -150,8 +151,10 @@ def stream_us(engine: Engine) -> tuple[float, int, int]:
     bad = [*tokens[:150], *(c + " " for c in PHRASES[0].split()), *tokens[150:]]
     out = "".join(engine.open_stream(request).filter(bad))
     clean = "".join(tokens[:150])
-    released = os.path.commonprefix([out, "".join(bad)])
-    leaked = max(0, len(released) - len(clean))
+    same = itertools.takewhile(
+        lambda pair: pair[0] == pair[1], zip(out, "".join(bad), strict=False)
+    )
+    leaked = max(0, len(list(same)) - len(clean))
     stream = engine.open_stream(request)
     first = next(i for i, token in enumerate(tokens, 1) if stream.push(token))
     return (best_guarded - best_plain) / len(tokens) * 1e6, leaked, first

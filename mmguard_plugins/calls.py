@@ -109,7 +109,10 @@ class GuardCall:
             except BaseException as error:  # noqa: BLE001 - handed to the waiting thread
                 answers.put(error)
 
-        threading.Thread(target=work, name=f"mmguard-{self.label}", daemon=True).start()
+        try:
+            threading.Thread(target=work, name=f"mmguard-{self.label}", daemon=True).start()
+        except RuntimeError as error:  # the system gives us no more threads
+            answers.put(error)
 
         def finish() -> Ruling:
             left = self._timeout - (time.perf_counter() - start)

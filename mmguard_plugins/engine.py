@@ -148,8 +148,6 @@ class Engine:
         self, request: Request, response: Response, generate: Generate | None = None
     ) -> Decision:
         """Judge a response, whole or so far; without output guards every response is allowed."""
-        if not self._output:
-            return self._count(Decision(Action.ALLOW, Stage.OUTPUT))
         return self._count(self._stage(Stage.OUTPUT, self._output, (request, response, generate)))
 
     async def acheck_input(self, request: Request) -> Decision:
@@ -191,16 +189,12 @@ class Engine:
 
     def redact_request(self, request: Request, decision: Decision) -> Request:
         """Return the request with everything replaced that the decision redacts."""
-        if not decision.redactions:
-            return request
         return request.with_messages(
             [redact_message(message, decision.redactions) for message in request.messages]
         )
 
     def redact_response(self, response: Response, decision: Decision) -> Response:
         """Return the response with everything replaced that the decision redacts."""
-        if not decision.redactions:
-            return response
         answer, reasoning, calls = (
             redact(text, decision.redactions)
             for text in (response.answer, response.reasoning, response.tool_calls)

@@ -64,7 +64,7 @@ def _decode(data: Any, limits: Limits) -> Image.Image:
     if isinstance(data, bytes | bytearray | memoryview):
         if len(data) > limits.max_image_bytes:
             raise _RefusedError(f"{len(data)} bytes are over max_image_bytes")
-        image = Image.open(io.BytesIO(data))
+        image: Image.Image = Image.open(io.BytesIO(data))
     elif isinstance(data, Image.Image):
         image = data
     else:

@@ -463,13 +463,15 @@ def test_async_checks_run_off_the_event_loop_and_side_by_side() -> None:
         start = time.monotonic()
         decisions = await asyncio.gather(*(engine.acheck_input(Request("hi")) for _ in range(8)))
         seconds = time.monotonic() - start
-        await engine.acheck_output(Request("hi"), Response("ok"))
+        judged = await engine.acheck_output(Request("hi"), Response("ok"))
+        assert judged.action is Action.ALLOW
         ticking.cancel()
         return seconds, decisions, late
 
     seconds, decisions, late = asyncio.run(run())
     engine.close()
-    assert len(decisions) == 8
+    assert [decision.action for decision in decisions] == [Action.ALLOW] * 8
+    assert Slow.threads
     assert seconds < 0.7, "eight checks of 0.1 s run side by side"
     assert threading.get_ident() not in Slow.threads
     assert late < 0.09, "the loop keeps turning"
@@ -514,6 +516,7 @@ def test_a_part_that_no_guard_looks_at_blocks(kind: PartKind) -> None:
     assert decision.blocked
     assert decision.coverage.inspected == 0
     assert decision.coverage.uninspected == (f"messages[0].content[0] ({kind.value})",)
+    assert "no guard looked at messages[0].content[0]" in decision.reason
     allowing = make_engine(Passes, uninspected={kind.value: "flag"}).check_input(request)
     assert allowing.action is Action.FLAG
 
@@ -685,8 +688,20 @@ def test_what_cannot_be_redacted_blocks() -> None:
     decision = make_engine(Redacts).check_input(Request("nobody"))
     assert decision.blocked
     assert "not in any one part" in decision.reason
-    within = make_engine(Reads, Redacts).check_input(Request("hi", images=[picture()]))
-    assert within.blocked
+
+
+def test_what_stands_inside_a_picture_cannot_be_redacted() -> None:
+    class RedactsHidden(Guard):
+        @hookimpl
+        def check_input(self, request: Request) -> Verdict:
+            if "hidden" not in request.text:
+                return Verdict(self.name, Action.ALLOW)
+            return Verdict(self.name, Action.REDACT, redactions=(Redaction("hidden"),))
+
+    engine = make_engine(Reads, RedactsHidden)
+    decision = engine.check_input(Request("hi", images=[picture()]))
+    assert decision.blocked
+    assert "stands inside another part" in decision.reason
 
 
 # --- rule 9: every process enforces the same ------------------------------------------------------
@@ -716,6 +731,19 @@ def test_without_output_guards_every_response_passes() -> None:
     engine = make_engine(Blocks)
     assert not engine.checks_output
     assert engine.check_output(Request("hi"), Response("x")).action is Action.ALLOW
+
+
+def test_output_guards_are_known_and_a_closed_engine_can_be_used_again() -> None:
+    engine = make_engine(Passes)
+    assert engine.checks_output
+    before = threading.active_count()
+    for _ in range(2):
+        assert not asyncio.run(engine.acheck_input(Request("hi"))).blocked
+        engine.close()
+    deadline = time.monotonic() + 5
+    while threading.active_count() > before and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert threading.active_count() == before
 
 
 def test_counters_count_decisions() -> None:

@@ -174,8 +174,8 @@ def _shapes_of_messages() -> Sequence[Case]:
         ),
         Case(
             "a part of a kind nobody inspects",
-            "no guard hears audio, so audio is refused, not passed",
-            _user({"type": "audio", "audio": "meeting.wav"}, "Summarise this."),
+            "no guard reads files, so a file is refused, not passed",
+            _user({"type": "file", "file": {"filename": "report.pdf"}}, "Summarise this."),
             stage="input",
         ),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,11 +29,9 @@ def write_page(path: Path, outcomes: Sequence[Outcome], about: dict[str, str]) -
         total=len(outcomes),
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(
-        "w", encoding="utf-8", dir=path.parent, suffix=".html", delete=False
-    ) as file:
-        file.write(text)
-    Path(file.name).replace(path)
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def _card(outcome: Outcome) -> dict[str, Any]:
@@ -54,15 +51,18 @@ def _card(outcome: Outcome) -> dict[str, Any]:
         "explanation": outcome.explanation,
         "rulings": [
             {
+                "stage": decision.stage.value,
                 "guard": ruling.verdict.guard,
                 "action": ruling.action.name.lower(),
                 "score": "" if ruling.verdict.score is None else f"{ruling.verdict.score:.2f}",
                 "reason": ruling.verdict.reason,
+                "read": [part.text for part in ruling.verdict.found],
                 "milliseconds": f"{ruling.seconds * 1e3:.1f}",
             }
-            for ruling in outcome.decision.rulings
+            for decision in outcome.decisions
+            for ruling in decision.rulings
         ],
-        "coverage": outcome.decision.coverage if outcome.decision.coverage.parts else None,
+        "coverage": outcome.decisions[0].coverage,
         "seconds": f"{outcome.seconds:.1f}",
     }
 

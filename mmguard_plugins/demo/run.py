@@ -17,6 +17,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from mmguard_plugins import __version__
 from mmguard_plugins.config import load_config
 from mmguard_plugins.demo.cases import Case, all_cases
 from mmguard_plugins.demo.page import write_page
@@ -30,14 +31,22 @@ STREAM_TIMEOUT_S = 300
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What became of a case. `sent` are the pieces the client received, in order."""
+    """What became of a case.
+
+    `decisions` are those of the stages that ran; `sent` are the pieces the client received.
+    """
 
     case: Case
     answer: str
-    decision: Decision
+    decisions: tuple[Decision, ...]
     seconds: float
     sent: tuple[str, ...] = ()
     problems: tuple[str, ...] = field(default=())
+
+    @property
+    def decision(self) -> Decision:
+        """The decision that settled what the client read."""
+        return self.decisions[-1]
 
     @property
     def right(self) -> bool:
@@ -150,10 +159,11 @@ def _run(pipe: Any, case: Case, own_policy: bool, own_model: bool) -> Outcome:
     if isinstance(results[0], Exception):
         raise MMGuardError(f"case {case.name!r} failed: {results[0]}") from results[0]
     record = results[0][0] if isinstance(results[0], list) else results[0]
-    decision = decision_of(results[0]).last
+    found = decision_of(results[0])
+    decisions = tuple(decision for decision in (found.input, found.output) if decision)
     answer = record["generated_text"]
-    problems = _problems(case, decision, answer, "".join(sent), own_policy, own_model)
-    return Outcome(case, answer, decision, seconds, sent, tuple(problems))
+    problems = _problems(case, decisions[-1], answer, "".join(sent), own_policy, own_model)
+    return Outcome(case, answer, decisions, seconds, sent, tuple(problems))
 
 
 def _problems(
@@ -161,7 +171,9 @@ def _problems(
 ) -> list[str]:
     """Name everything that did not go as the case says."""
     problems = []
-    if decision.blocked is case.must_pass:
+    if case.stage == "output" and not own_model and not decision.blocked:
+        pass  # another model may have kept the secret by itself; `never` is what counts
+    elif decision.blocked is case.must_pass:
         problems.append("should have passed" if case.must_pass else f"should stop at {case.stage}")
     elif decision.blocked:
         blocking = [r.verdict.guard for r in decision.rulings if r.action is Action.BLOCK]
@@ -193,10 +205,10 @@ def _table(outcomes: Sequence[Outcome]) -> Table:
 
 
 def _about(model: str, seconds: float) -> dict[str, str]:
-    names = ("mmguard-plugins", "transformers", "torch")
+    frameworks = (f"{name} {version(name)}" for name in ("transformers", "torch"))
     return {
         "model": model,
-        "versions": ", ".join(f"{name} {version(name)}" for name in names),
+        "versions": ", ".join((f"mmguard {__version__}", *frameworks)),
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "time": f"{seconds:.0f} s",
     }

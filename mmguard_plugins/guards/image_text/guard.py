@@ -23,13 +23,14 @@ UNREADABLE = "unreadable_image"
 class ImageText(Guard):
     """Reads the text in every picture and hands it on; it judges no words itself.
 
-    Each way a model may be shown a picture is read: every orientation, and a transparent one without
-    its alpha channel, on black and on white. What the reader is unsure of is handed on as well. A
-    picture with more text than the configured bounds is blocked, as is one that cannot be turned
+    Each way a model may be shown a picture is read: every orientation, and a transparent one
+    without its alpha channel, on black and on white. What the reader is unsure of is handed on too.
+    A picture with more text than the configured bounds is blocked, as is one that cannot be turned
     into colours. Nothing is fetched: the recognition models come with the `rapidocr` package.
 
-    Not read: scripts other than Latin, Greek, Chinese and Japanese; text smaller than about six
-    pixels after scaling to `max_pixels`; text that only appears when a model scales the picture down.
+    Reading is not certain: text can be drawn that a model reads and this does not. Never read are
+    scripts other than Latin, Greek, Chinese and Japanese, letters smaller than about six pixels
+    after scaling to `max_pixels`, and what appears only once a model has scaled the picture down.
     """
 
     Config: ClassVar[type[StrictModel]] = ImageTextConfig
@@ -37,7 +38,10 @@ class ImageText(Guard):
     inspects: ClassVar[frozenset[PartKind]] = frozenset({PartKind.IMAGE})
 
     def __init__(self, config: StrictModel | None = None, name: str = "") -> None:
-        """Load the recognition models and read a test picture; raises `GuardError` if that fails."""
+        """Load the recognition models and read a test picture with them.
+
+        Raises `GuardError` when the package is missing or does not work.
+        """
         super().__init__(config, name)
         self._reader = self._open_reader()
 
@@ -79,11 +83,10 @@ class ImageText(Guard):
         ]
 
     def _open_reader(self) -> Reader:
-        options = self.config
         try:
             from mmguard_plugins.guards.image_text.reader import Reader
 
-            return Reader(options.threads, options.max_lines, options.min_confidence)
+            return Reader(self.config)
         except ImportError as error:
             raise GuardError(
                 f"guard {self.name!r} needs rapidocr, which cannot be imported ({error});"

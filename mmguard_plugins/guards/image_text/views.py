@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import struct
+import warnings
 from collections.abc import Iterator
 
 from PIL import Image, ImageChops, ImageOps
@@ -16,7 +17,8 @@ DEEP_MODES = ("I", "F", "I;16", "I;16L", "I;16B", "I;16N")
 EXIF_ORIENTATION = 0x0112
 MIRRORED = (2, 4, 5, 7)  # the reader copes with turned text, but not with mirror writing
 BACKGROUNDS = ("black", "white")
-# The detector looks for letters of ordinary size: what fills a large picture is found in a small one.
+# The detector looks for letters of ordinary size: those that fill a large picture it finds in a
+# small one.
 LARGE_SIDE, SMALL_SIDE = 768, 512
 
 
@@ -71,6 +73,8 @@ def _deep(image: Image.Image) -> Iterator[Image.Image]:
 
 def _sizes(image: Image.Image, max_pixels: int) -> Iterator[Image.Image]:
     """Yield the picture with its contrast stretched, at full and at small size."""
+    if all(low == high for low, high in (band.getextrema() for band in image.split())):
+        return  # one colour; the detector would take it for one huge letter
     image = ImageOps.autocontrast(image)
     yield _shrink(image, math.sqrt(max_pixels / (image.width * image.height)))
     if max(image.size) > LARGE_SIDE:
@@ -85,7 +89,9 @@ def _shrink(image: Image.Image, scale: float) -> Image.Image:
 
 
 def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(EXIF_ORIENTATION, 1))
-    except (SyntaxError, ValueError, TypeError, OSError, struct.error):
-        return 1  # metadata nobody can read turns no picture
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's complaints about damaged metadata
+        try:
+            return int(image.getexif().get(EXIF_ORIENTATION, 1))
+        except (SyntaxError, ValueError, TypeError, OSError, struct.error):
+            return 1  # metadata nobody can read turns no picture
