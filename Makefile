@@ -1,0 +1,50 @@
+# Needs only make and Python >= 3.11 (choose one with `make PYTHON=python3.12 ...`). The first target
+# that needs it sets up .venv; later ones find it ready, until one of the files in SETUP changes.
+
+PYTHON ?= python3
+OFFLINE := HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false
+SETUP := tools/setup_env.py tools/torchvision_cpu_shim.py pyproject.toml constraints.txt
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all gpu lint clean
+.NOTPARALLEL: # two set-ups of one environment would disturb each other
+
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## /\1: /p' $(MAKEFILE_LIST)
+
+demo: .venv/demo-ready ## guard a small vision-language model and attack it
+	.venv/bin/mmguard demo
+
+test: .venv/test-ready ## the tests, on a CPU
+	$(OFFLINE) .venv/bin/python -m pytest
+
+test-all: .venv/test-ready .venv-oldest/ready ## the slow tests too, and the adapters on the oldest transformers
+	$(OFFLINE) .venv/bin/python -m pytest -m "not gpu and not vllm"
+	$(OFFLINE) .venv-oldest/bin/python -m pytest tests/adapters
+
+gpu: .venv/demo-ready ## train the bundled weights, then measure; needs a CUDA device
+	.venv/bin/mmguard train reference-vlm
+	$(if $(wildcard benchmarks/gpu.py),.venv/bin/python benchmarks/gpu.py)
+
+lint: .venv/test-ready ## what must be clean before a commit
+	.venv/bin/ruff check
+	.venv/bin/ruff format --check
+	.venv/bin/mypy
+	.venv/bin/pyright
+
+clean: ## remove the environments and every cache
+	rm -rf .venv .venv-oldest .hypothesis .mypy_cache .pytest_cache .ruff_cache build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+.venv/test-ready: $(SETUP)
+	$(PYTHON) tools/setup_env.py .venv --extras demo,onnx,dev --weights
+	@touch $@
+
+.venv/demo-ready: $(SETUP)
+	$(PYTHON) tools/setup_env.py .venv --extras demo --weights
+	@touch $@
+
+# transformers 5.16.1 is the lower bound in pyproject.toml.
+.venv-oldest/ready: $(SETUP)
+	$(PYTHON) tools/setup_env.py .venv-oldest --extras hf,gate,dev --pin transformers==5.16.1
+	@touch $@
