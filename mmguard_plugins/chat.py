@@ -25,22 +25,23 @@ _NOT_CONTENT = frozenset({"role", "content", "name", "tool_call_id", "id", "type
 
 
 def request_from_chat(
-    messages: Sequence[Mapping[str, Any]],
-    tools: Sequence[Mapping[str, Any]] = (),
+    messages: Any,
+    tools: Sequence[Any] = (),
     sampling: Sampling | None = None,
 ) -> Request:
     """Return the conversation of `messages` (OpenAI chat format) as a `Request`.
 
-    Raises `ValueError` when it is not a list of messages with a role.
+    Nothing is taken for granted of what a client sent. Raises `ValueError` when it is not a list of
+    messages with a role.
     """
     if isinstance(messages, str | bytes) or not isinstance(messages, Sequence) or not messages:
         raise ValueError("messages must be a list with at least one message")
     turns = [_message(message, f"messages[{i}]") for i, message in enumerate(messages)]
-    definitions = [_words(tool) for tool in tools]
+    definitions = [words_of(tool) for tool in tools]
     return Request(messages=turns, tools=definitions, sampling=sampling)
 
 
-def response_from_chat(response: str | Mapping[str, Any]) -> Response:
+def response_from_chat(response: Any) -> Response:
     """Return an answer, plain text or an OpenAI assistant message, as a `Response`."""
     if isinstance(response, str):
         return Response(response)
@@ -50,10 +51,10 @@ def response_from_chat(response: str | Mapping[str, Any]) -> Response:
     answer = "\n".join(p.text for p in message.parts if p.source.startswith("response.content"))
     reasoning = response.get("reasoning_content") or response.get("reasoning") or ""
     calls = response.get("tool_calls") or ()
-    return Response(answer, str(reasoning), _words(calls) if calls else "")
+    return Response(answer, str(reasoning), words_of(calls) if calls else "")
 
 
-def _message(message: Mapping[str, Any], source: str) -> Message:
+def _message(message: Any, source: str) -> Message:
     if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
         raise ValueError(f"{source} must be an object with a role")
     parts = list(_content(message.get("content"), f"{source}.content"))
@@ -61,9 +62,9 @@ def _message(message: Mapping[str, Any], source: str) -> Message:
         if field in _NOT_CONTENT or value in (None, "", [], {}):
             continue
         # Tool calls, reasoning, and whatever the next API version invents: the model may read it.
-        parts.append(Part(PartKind.TEXT, text=_words(value), source=f"{source}.{field}"))
+        parts.append(Part(PartKind.TEXT, text=words_of(value), source=f"{source}.{field}"))
     if name := message.get("name"):
-        parts.append(Part(PartKind.TEXT, text=_words(name), source=f"{source}.name"))
+        parts.append(Part(PartKind.TEXT, text=words_of(name), source=f"{source}.name"))
     return Message(message["role"], tuple(parts))
 
 
@@ -98,7 +99,9 @@ def _item(item: Any, source: str) -> list[Part]:
     if kind in _TOOL_TYPES:
         inner = _content(item.get("content"), f"{source}.content")
         if "input" in item:
-            inner.append(Part(PartKind.TEXT, text=_words(item["input"]), source=f"{source}.input"))
+            inner.append(
+                Part(PartKind.TEXT, text=words_of(item["input"]), source=f"{source}.input")
+            )
         return inner or [_unknown(f"an empty {kind}", source)]
     for types, part_kind in (
         (_AUDIO_TYPES, PartKind.AUDIO),
@@ -128,7 +131,7 @@ def _unknown(what: str, source: str) -> Part:
     return Part(PartKind.UNKNOWN, text=what, source=source)
 
 
-def _words(value: Any) -> str:
+def words_of(value: Any) -> str:
     """Return every string inside a JSON value, a line each; JSON inside a string is opened too."""
     return "\n".join(_strings(value))
 

@@ -95,7 +95,7 @@ class StreamConfig(StrictModel):
     `hold_tokens` tokens stay back.
     """
 
-    check_every_tokens: int = Field(default=16, ge=1, le=1000, description="Tokens between checks.")
+    check_every_tokens: int = Field(default=18, ge=1, le=1000, description="Tokens between checks.")
     check_every_s: float = Field(default=0.02, ge=0, le=60, description="Seconds between checks.")
     hold_tokens: int = Field(default=10, ge=0, le=1000, description="Tokens held back.")
     max_held_tokens: int = Field(

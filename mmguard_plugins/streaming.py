@@ -54,8 +54,9 @@ class OutputStream:
         self._new: list[str] = []  # tokens pushed since the last check
         self._released = 0
         self._cleared = 0
-        self._redactions: list[tuple[int, int, str]] = []
-        self._last_check = 0.0
+        self._redactions: list[tuple[int, int, str]] = []  # in order, apart from each other
+        self._replaced: set[str] = set()
+        self._due_at = 0.0
         self._finished = False
         self.decision = Decision(Action.ALLOW, Stage.OUTPUT)
         self.checks = 0
@@ -94,11 +95,12 @@ class OutputStream:
 
     def filter(self, tokens: Iterable[str]) -> Iterator[str]:
         """Yield an answer's text as it is released; after a block the refusal, and stop reading."""
-        new, clock, every, seconds = self._new, time.monotonic, self._every, self._seconds
+        new, clock, every = self._new, time.monotonic, self._every
         for token in tokens:
             new.append(token)
-            if len(new) >= every or clock() - self._last_check >= seconds:
-                yield from (delta.text for delta in self._check())
+            if clock() >= self._due_at or len(new) >= every:
+                for delta in self._check():
+                    yield delta.text
                 if self.blocked:
                     break
         yield from (delta.text for delta in self.finish())
@@ -119,14 +121,15 @@ class OutputStream:
     def _is_due(self) -> bool:
         if len(self._new) >= self._every:
             return True
-        return time.monotonic() - self._last_check >= self._seconds
+        return time.monotonic() >= self._due_at
 
     def _turn_to(self, channel: Channel) -> list[Delta]:
         """Judge and release the channel that ends, then start (or resume) `channel`."""
         deltas = self._check(ended=True) if self._new or self._ends else []
         self._channel = channel
         self._ends, self._redactions = [], []
-        self._released = self._cleared = len(self._texts[channel])
+        self._released = len(self._texts[channel])
+        self._cleared = 0  # what a resumed channel said before may begin a violation that ends now
         return deltas
 
     def _check(self, ended: bool = False) -> list[Delta]:
@@ -149,7 +152,7 @@ class OutputStream:
         decision = self._engine.check_output(self._request, response, self._generate)
         if decision.action >= self.decision.action:
             self.decision = decision
-        self._last_check = time.monotonic()
+        self._due_at = time.monotonic() + self._seconds
         if decision.blocked:
             return []
         upto = len(text) if ended else self._safe_end(decision)
@@ -161,10 +164,10 @@ class OutputStream:
         if upto > self._released:
             out = self._cut(text, upto)
             self._released = upto
-            if self._ends:
-                self._ends = [end for end in self._ends if end > upto]
+            self._ends = [end for end in self._ends if end > upto] if upto < len(text) else []
             return [Delta(channel, out)] if out else []
-        if len(self._ends) > self._max_held:
+        # An empty token holds nothing back, wherever it stands.
+        if len(self._ends) > self._max_held and len(set(self._ends)) > self._max_held:
             return self._block(f"more than {self._max_held} tokens held back")
         return []
 
@@ -195,15 +198,18 @@ class OutputStream:
         return min([newest, *known])
 
     def _plan_redactions(self, decision: Decision, text: str) -> bool:
-        """Note what to replace; False when some of it has left already."""
+        """Note what to replace; False when some of it has left already, and unreplaced."""
+        spans = self._redactions
         for redaction in decision.redactions:
             start = text.find(redaction.text, self._released)
-            if start < 0:
+            if start < 0 and redaction.text not in self._replaced:
                 return False
+            self._replaced.add(redaction.text)
             while start >= 0:
                 end = start + len(redaction.text)
-                self._redactions.append((start, end, redaction.replacement))
+                spans.append((start, end, redaction.replacement))
                 start = text.find(redaction.text, end)
+        self._redactions = _apart(spans)
         return True
 
     def _cut(self, text: str, upto: int) -> str:
@@ -211,8 +217,8 @@ class OutputStream:
         if not self._redactions:
             return text[self._released : upto]
         out, position = "", self._released
-        for start, end, replacement in sorted(set(self._redactions)):
-            if position <= start and end <= upto:
+        for start, end, replacement in self._redactions:
+            if end <= upto:
                 out += text[position:start] + replacement
                 position = end
         self._redactions = [r for r in self._redactions if r[1] > upto]
@@ -221,3 +227,15 @@ class OutputStream:
     def _block(self, reason: str) -> list[Delta]:
         self.decision = replace(self.decision, action=Action.BLOCK, reason=reason)
         return []
+
+
+def _apart(spans: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Return the spans in order, those that overlap as one, so that no rest of either shows."""
+    apart: list[tuple[int, int, str]] = []
+    for start, end, replacement in sorted(spans):
+        if apart and start < apart[-1][1]:
+            first, last, kept = apart[-1]
+            apart[-1] = (first, max(last, end), kept)
+        else:
+            apart.append((start, end, replacement))
+    return apart

@@ -90,4 +90,4 @@ def test_a_response_is_text_or_a_message() -> None:
     assert (response.answer, response.reasoning) == ("a", "r")
     assert "t" in response.tool_calls.splitlines()
     with pytest.raises(ValueError, match="response must be"):
-        response_from_chat(7)  # type: ignore[arg-type]
+        response_from_chat(7)

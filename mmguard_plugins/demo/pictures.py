@@ -14,7 +14,7 @@ def cat() -> Image.Image:
     """Return a photo of a cat (scikit-image, `data.chelsea`)."""
     from skimage import data
 
-    return Image.fromarray(data.chelsea())
+    return Image.fromarray(data.chelsea())  # type: ignore[no-untyped-call]
 
 
 def flower() -> Image.Image:

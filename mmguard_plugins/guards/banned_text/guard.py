@@ -14,6 +14,7 @@ from mmguard_plugins.types import Action, Redaction, Request, Response, Verdict
 
 # What stands behind a match can undo it: `bad\b` until the next character, a look-ahead further on.
 _NEAR, _FAR = 1, 64
+_FEW_CHOICES = 8  # each at most doubles the ways to match: `(?:a|a)(?:a|a)...`
 
 
 class BannedText(Guard):
@@ -47,12 +48,12 @@ class BannedText(Guard):
         if response.finished:
             return self._verdict(self._hits(response.unread()))
         hits: list[str] = []
-        hold = 0
-        for text, start in response.unread():
-            hold = len(text)
-            for rule, timeout, doubt in self._rules:
-                begin = self._read(rule, timeout, doubt, text, start, hits)
-                hold = min(hold, begin)
+        text = response.of(response.channel)
+        hold = len(text)
+        for rule, timeout, doubt in self._rules:
+            begin = self._read(rule, timeout, doubt, text, response.cleared, hits)
+            if begin < hold:
+                hold = begin
         return self._verdict(hits, hold)
 
     def _read(
@@ -72,7 +73,7 @@ class BannedText(Guard):
             if match.end() + doubt > len(text):
                 return int(match.start())
             hits.append(match.group())
-            start = match.end()
+            start = max(match.end(), match.start() + 1)  # a match may be empty: `(?=x)`
 
     def _compile(self) -> Iterator[tuple[Any, float | None, int]]:
         """Yield each rule with its time-out and the characters behind a match that may undo it."""
@@ -81,8 +82,9 @@ class BannedText(Guard):
             yield regex.compile(words, regex.IGNORECASE), None, 0
         for pattern in self.config.patterns:
             far = any(sign in pattern for sign in ("(?=", "(?!", "$", r"\Z"))
-            # Without repetition a search cannot take more than its pattern's size per character.
-            repeats = any(sign in pattern for sign in "*+{")
+            # Without repetition, few choices bound what a search can take per character.
+            choices = pattern.count("|") + pattern.count("?")
+            repeats = choices > _FEW_CHOICES or any(sign in pattern for sign in "*+{")
             yield (
                 regex.compile(pattern, regex.IGNORECASE),
                 self.config.pattern_timeout_s if repeats else None,
