@@ -141,7 +141,12 @@ def train_reference_vlm(
     evaluate: Annotated[
         bool, typer.Option("--evaluate", help="Measure the shipped weights; train nothing.")
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="Weights folder to write.")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Weights folder; default the one this package ships.")
+    ] = None,
+    scratch: Annotated[
+        Path | None, typer.Option(help="For features and checkpoints, 8 GB; a second run goes on.")
+    ] = None,
 ) -> None:
     """Train the reference VLM's projector and LoRA, or measure the shipped ones."""
     with _clear_errors():
@@ -151,7 +156,15 @@ def train_reference_vlm(
             raise MMGuardError(
                 f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
             ) from error
-        reference_vlm.main(evaluate=evaluate, output=output)
+        config = reference_vlm.ReferenceVLMConfig(
+            scratch=scratch or reference_vlm.default_cache() / "training",
+            out=output or reference_vlm.WEIGHTS,
+        )
+        if evaluate:
+            figures = reference_vlm.evaluate(config)
+        else:
+            figures = {"weights": str(reference_vlm.train(config))}
+        _out.print_json(data=figures)
 
 
 def _check_line(engine: Engine, line: str, number: int) -> dict[str, Any]:

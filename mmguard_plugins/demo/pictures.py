@@ -24,13 +24,12 @@ def flower() -> Image.Image:
     return Image.fromarray(load_sample_image("flower.jpg"))
 
 
-def shape(kind: str, colour: str) -> Image.Image:
-    """Return a drawing of one coloured shape (`circle` or `rectangle`)."""
-    image = Image.new("RGB", (64, 64), (226, 232, 240))
-    draw = ImageDraw.Draw(image)
-    outline = draw.ellipse if kind == "circle" else draw.rectangle
-    outline((18, 20, 44, 46), fill=colour)
-    return image
+def red_triangle() -> Image.Image:
+    """Return a drawing that the reference VLM was not trained on (easy-VQA, test picture 0)."""
+    from easy_vqa import get_test_image_paths
+
+    with Image.open(get_test_image_paths()[0]) as image:
+        return image.convert("RGB")
 
 
 def words(text: str, on: Image.Image | None = None) -> Image.Image:

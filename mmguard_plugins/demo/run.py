@@ -79,10 +79,9 @@ def run_demo(model: str | None, html: Path, config: str | None, console: Console
 
     Without `model` the reference VLM is assembled (once) and used, and its answers are checked too.
     """
-    _quiet()
     start = time.perf_counter()
     engine = Engine.from_config(load_config(config or POLICY))
-    with console.status("loading the model"):
+    with console.status("loading the model (the first time, assembling it)"):
         pipe, name = _pipeline(model)
         from mmguard_adapters.hf import guard
 
@@ -108,10 +107,13 @@ def _pipeline(model: str | None) -> tuple[Any, str]:
     """Return an image-text-to-text pipeline, and the model's name."""
     try:
         from transformers import pipeline
+        from transformers.utils import logging
     except ImportError as error:
         raise MMGuardError(
             f"the demo needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
         ) from error
+    logging.set_verbosity_error()  # keep hints and progress bars out of the demo's table
+    logging.disable_progress_bar()
     if model is not None:
         try:
             return pipeline("image-text-to-text", model=model), model
@@ -212,9 +214,3 @@ def _about(model: str, seconds: float) -> dict[str, str]:
         "machine": f"{os.cpu_count()} cores, Python {platform.python_version()}",
         "time": f"{seconds:.0f} s",
     }
-
-
-def _quiet() -> None:
-    """Keep the frameworks' progress bars and hints out of the demo's table."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

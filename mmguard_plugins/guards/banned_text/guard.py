@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import regex
 
@@ -15,6 +15,26 @@ from mmguard_plugins.types import Action, Redaction, Request, Response, Verdict
 # What stands behind a match can undo it: `bad\b` until the next character, a look-ahead further on.
 _NEAR, _FAR = 1, 64
 _FEW_CHOICES = 8  # each at most doubles the ways to match: `(?:a|a)(?:a|a)...`
+
+# Word boundaries as look-arounds: `regex` calls `\b` decided at the end of a text that still grows,
+# but knows that a look-ahead is not.
+_START, _END = r"(?<!\w)(?=\w)", r"(?<=\w)(?!\w)"
+_BOUNDARIES = {
+    r"\b": f"(?:{_START}|{_END})",
+    r"\B": r"(?:(?<=\w)(?=\w)|(?<!\w)(?!\w))",
+    r"\m": f"(?:{_START})",
+    r"\M": f"(?:{_END})",
+}
+_TOKEN = regex.compile(r"\[\^?\]?(?:\\.|[^\]\\])*\]|\\.|.", regex.DOTALL)
+
+
+class Rule(NamedTuple):
+    """A phrase or pattern, to be found in a whole text and in one that still grows."""
+
+    whole: Any
+    growing: Any
+    timeout: float | None
+    doubt: int  # characters behind a match that may undo it
 
 
 class BannedText(Guard):
@@ -50,7 +70,7 @@ class BannedText(Guard):
         hits: list[str] = []
         text = response.of(response.channel)
         hold = len(text)
-        for rule, timeout, doubt in self._rules:
+        for _, rule, timeout, doubt in self._rules:
             begin = self._read(rule, timeout, doubt, text, response.cleared, hits)
             if begin < hold:
                 hold = begin
@@ -75,18 +95,19 @@ class BannedText(Guard):
             hits.append(match.group())
             start = max(match.end(), match.start() + 1)  # a match may be empty: `(?=x)`
 
-    def _compile(self) -> Iterator[tuple[Any, float | None, int]]:
-        """Yield each rule with its time-out and the characters behind a match that may undo it."""
+    def _compile(self) -> Iterator[Rule]:
         for phrase in self.config.phrases:
             words = r"\s+".join(regex.escape(word) for word in phrase.split())
-            yield regex.compile(words, regex.IGNORECASE), None, 0
+            compiled = regex.compile(words, regex.IGNORECASE)
+            yield Rule(compiled, compiled, None, 0)
         for pattern in self.config.patterns:
             far = any(sign in pattern for sign in ("(?=", "(?!", "$", r"\Z"))
             # Without repetition, few choices bound what a search can take per character.
             choices = pattern.count("|") + pattern.count("?")
             repeats = choices > _FEW_CHOICES or any(sign in pattern for sign in "*+{")
-            yield (
+            yield Rule(
                 regex.compile(pattern, regex.IGNORECASE),
+                regex.compile(_spelled_out(pattern), regex.IGNORECASE),
                 self.config.pattern_timeout_s if repeats else None,
                 _FAR if far else _NEAR,
             )
@@ -95,7 +116,7 @@ class BannedText(Guard):
         redacting = self._action is Action.REDACT
         hits: list[str] = []
         for text, start in texts:
-            for rule, timeout, _ in self._rules:
+            for rule, _, timeout, _ in self._rules:
                 if redacting:
                     hits += (m.group() for m in rule.finditer(text, start, timeout=timeout))
                 elif match := rule.search(text, start, timeout=timeout):
@@ -120,3 +141,8 @@ class BannedText(Guard):
             redactions=redactions,
             hold_from=hold_from,
         )
+
+
+def _spelled_out(pattern: str) -> str:
+    """Return the pattern with its word boundaries, outside of character sets, as look-arounds."""
+    return "".join(_BOUNDARIES.get(token, token) for token in _TOKEN.findall(pattern))
