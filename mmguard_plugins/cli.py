@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, TextIO
@@ -222,7 +222,7 @@ def _read_lines(file: str) -> Any:
 
 
 @contextmanager
-def _writer(output: Path | None) -> Iterator[Any]:
+def _writer(output: Path | None) -> Generator[Any]:
     """Yield a function that writes a line and flushes, so that nothing decided is lost."""
 
     def line_to(stream: TextIO) -> Any:
@@ -244,7 +244,7 @@ def _writer(output: Path | None) -> Iterator[Any]:
 
 
 @contextmanager
-def _progress(total: int) -> Iterator[Any]:
+def _progress(total: int) -> Generator[Any]:
     """Show a progress bar on a terminal's standard error when the length is known."""
     with Progress(console=_err, transient=True, disable=not (total and _err.is_terminal)) as bar:
         task = bar.add_task("checking", total=total)
@@ -256,7 +256,7 @@ def _complain(text: str) -> None:
 
 
 @contextmanager
-def _clear_errors() -> Iterator[None]:
+def _clear_errors() -> Generator[None]:
     """Turn mmguard's own errors into one message and exit code 2."""
     try:
         yield

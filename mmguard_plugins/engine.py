@@ -205,8 +205,8 @@ class Engine:
         """Run `function` on the engine's own threads, so that hung guards starve nobody else's."""
         if self._executor is None:
             self._executor = ThreadPoolExecutor(ASYNC_WORKERS, thread_name_prefix="mmguard")
-        loop, context = asyncio.get_running_loop(), contextvars.copy_context()
-        return await loop.run_in_executor(self._executor, context.run, function, *arguments)
+        run = partial(contextvars.copy_context().run, function, *arguments)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, run)
 
     def close(self) -> None:
         """Stop the engine's threads; calls under way are not waited for."""

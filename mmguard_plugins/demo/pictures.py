@@ -53,10 +53,9 @@ def words(text: str, on: Image.Image | None = None) -> Image.Image:
 
 def hidden_words(text: str) -> Image.Image:
     """Return a picture whose words stand in fully transparent pixels."""
-    written = words(text).convert("L")
-    transparent = written.point(lambda value: 0 if value < 128 else 255)
+    ink = words(text).convert("L").point([255] * 128 + [0] * 128)
     image = Image.new("RGBA", (SIZE, SIZE), (255, 255, 255, 255))
-    image.paste((0, 0, 0, 0), mask=transparent.point(lambda value: 255 - value))
+    image.paste((0, 0, 0, 0), mask=ink)
     return image
 
 

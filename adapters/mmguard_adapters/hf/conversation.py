@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from mmguard_plugins.chat import words_of
 from mmguard_plugins.types import Message, Part, PartKind, Request
 
 Chat = Sequence[Mapping[str, Any]]
@@ -29,7 +29,7 @@ class Conversation:
     """
 
     messages: tuple[Message, ...]
-    extras: tuple[str, ...] = ()  # tool definitions and documents, as JSON text
+    extras: tuple[str, ...] = ()  # the words of tool definitions and documents
 
 
 def conversations(chats: Any, extras: tuple[str, ...]) -> list[Conversation]:
@@ -44,9 +44,11 @@ def conversations(chats: Any, extras: tuple[str, ...]) -> list[Conversation]:
     ]
 
 
-def as_json(value: Any) -> str:
-    """Return whatever a template may print as text."""
-    return json.dumps(value, ensure_ascii=False, default=_describe)
+def readable(value: Any) -> str:
+    """Return the words in whatever a template may print; a tool may be a Python function."""
+    if callable(value):
+        return f"{getattr(value, '__name__', '')}: {getattr(value, '__doc__', '')}"
+    return words_of(value)
 
 
 def chat_request(
@@ -108,14 +110,8 @@ def _parts(message: Mapping[str, Any], where: str) -> Iterator[Part]:
         if kind is PartKind.TEXT:
             yield Part(kind, text=str(block.get("text", "")), source=source)
         else:
-            text = as_json(block) if kind is PartKind.UNKNOWN else ""
+            text = readable(block) if kind is PartKind.UNKNOWN else ""
             yield Part(kind, text=text, source=source)
     for key, value in message.items():
         if key not in ("role", "content") and value:
-            text = value if isinstance(value, str) else as_json(value)
-            yield Part(PartKind.TEXT, text=text, source=f"{where}.{key}")
-
-
-def _describe(value: Any) -> str:
-    """Stand in for what JSON cannot hold: a tool may be a Python function."""
-    return f"{getattr(value, '__name__', type(value).__name__)}: {getattr(value, '__doc__', '')}"
+            yield Part(PartKind.TEXT, text=readable(value), source=f"{where}.{key}")

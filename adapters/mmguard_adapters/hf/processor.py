@@ -20,9 +20,9 @@ import torch
 from mmguard_adapters.hf import images as pictures
 from mmguard_adapters.hf.conversation import (
     Conversation,
-    as_json,
     chat_request,
     conversations,
+    readable,
     text_request,
 )
 from mmguard_adapters.hf.provenance import Admission
@@ -60,7 +60,7 @@ def methods(session: Session) -> dict[str, Callable[..., Any]]:
         extras = [*(arguments.get("tools") or ()), *(arguments.get("documents") or ())]
         # The first parameter; its name differs between processors.
         chat = next(iter(arguments.values()))
-        chats = conversations(chat, tuple(as_json(extra) for extra in extras))
+        chats = conversations(chat, tuple(readable(extra) for extra in extras))
         token = _chats.set(chats)
         try:
             output = original(*args, **kwargs)

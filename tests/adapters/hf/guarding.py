@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -76,7 +76,7 @@ def engine_of(guard: Guard, **settings: Any) -> Engine:
 
 
 @contextmanager
-def counted(model: Any) -> Iterator[list[str]]:
+def counted(model: Any) -> Generator[list[str]]:
     """Count calls of the model's own forward and of its parts, which some families call instead."""
     calls: list[str] = []
 
