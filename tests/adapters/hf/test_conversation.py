@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from mmguard_adapters.hf.conversation import Conversation, chat_request, readable
+from mmguard_adapters.hf.conversation import chat_request, conversations, readable
 
 
 def forbidden() -> None:
@@ -29,7 +29,7 @@ def forbidden() -> None:
     ],
 )
 def test_no_wrapping_hides_a_word_or_a_line_break(message: dict[str, Any]) -> None:
-    assert "forbidden\nthing" in chat_request(Conversation([message]), []).text
+    assert "forbidden\nthing" in chat_request(conversations([message], ())[0], []).text
 
 
 def test_a_python_function_as_tool_is_read_by_name_and_docstring() -> None:
