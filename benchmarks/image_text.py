@@ -137,7 +137,7 @@ def measure_false_text(guard: ImageText, folder: Path) -> None:
 
 def say(what: str, figure: str) -> None:
     """Print one figure."""
-    print(f"{what:32} {figure}", flush=True)  # noqa: T201 - this is a report
+    print(f"{what:32} {figure}", flush=True)
 
 
 Draw = Callable[[random.Random, list[Image.Image]], Image.Image]

@@ -384,3 +384,10 @@ def test_the_reply_to_a_stream_is_counted_in_checks() -> None:
     feed(stream, said(["word "] * 21))
     assert isinstance(stream.decision, Decision)
     assert stream.checks == 1 + 4 + 1  # at once, every five tokens, at the end
+
+
+def test_the_newest_tokens_stay_back_for_a_guard_that_gives_no_position() -> None:
+    window = EVERY_TOKEN | {"hold_tokens": 3}
+    stream = engine_of(Calm(), stream=window).open_stream(Request("hi"))
+    sent = ["".join(delta.text for delta in stream.push(token)) for token in "abcde"]
+    assert sent == ["", "", "", "a", "b"]

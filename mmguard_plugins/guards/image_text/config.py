@@ -18,11 +18,11 @@ class ImageTextConfig(StrictModel):
         " until the reader doubts it but the model does not has hidden it.",
     )
     max_pixels: int = Field(
-        default=1_500_000,
+        default=1_000_000,
         ge=65_536,
         le=50_000_000,
         description="A larger picture is scaled down to this many pixels before it is read. Give at"
-        " least what the model sees; time and memory grow with it.",
+        " least what the model sees, and a `timeout_s` to match: time and memory grow with it.",
     )
     max_lines: int = Field(
         default=400,
