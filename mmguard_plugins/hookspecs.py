@@ -27,7 +27,8 @@ def check_input(request: Request) -> Verdict | None:
 
     Every guard that implements this hook is asked, and each must answer: None, an exception or a
     time-out counts as an error, which blocks. Parts handed over in `Verdict.found` are shown to
-    every other guard.
+    every other guard. An image that could not be read has `problem` set and no `data`; skip it, the
+    engine blocks it.
     """
 
 
