@@ -114,23 +114,25 @@ class _Gate:
 
     def __init__(self, original: Callable[..., Any], wrapper: Wrapper) -> None:
         self.active = True
-        function: Callable[..., Any]
+        self.function: Callable[..., Any]
 
         if inspect.iscoroutinefunction(original):
 
             @functools.wraps(original)
-            async def function(*args: Any, **kwargs: Any) -> Any:
+            async def later(*args: Any, **kwargs: Any) -> Any:
                 call = functools.partial(wrapper, original) if self.active else original
                 return await call(*args, **kwargs)
+
+            self.function = later
 
         else:
 
             @functools.wraps(original)
-            def function(*args: Any, **kwargs: Any) -> Any:
+            def now(*args: Any, **kwargs: Any) -> Any:
                 call = functools.partial(wrapper, original) if self.active else original
                 return call(*args, **kwargs)
 
-        self.function = function
+            self.function = now
 
 
 def _subclass(base: type, methods: Mapping[str, Wrapper], state: Any) -> type:

@@ -262,7 +262,7 @@ def test_a_picture_without_text_is_not_given_to_the_recognizer(
         raise AssertionError("recognizer called")
 
     monkeypatch.setattr(guard._reader._ocr, "recognize_txt", fail)
-    monkeypatch.setattr(guard._reader, "_find", lambda pixels: [])
+    monkeypatch.setattr(guard._reader, "_find", lambda pixels: [[]])
     assert guard.check_input(Request(images=[picture("words")])).found == ()
 
 
@@ -391,6 +391,35 @@ def test_reading_says_nothing_on_the_console_or_in_logs(
         guard.check_input(Request(images=[picture(PHRASE), Image.new("RGB", (64, 64))]))
     assert PHRASE not in caplog.text
     assert capfd.readouterr() == ("", "")
+
+
+def test_one_look_that_goes_wrong_hides_nothing(
+    guard: ImageText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = picture(PHRASE)
+    score, looks = guard._reader._score, []
+
+    def fooled(pixels: Any) -> Any:
+        looks.append(score(pixels))
+        return looks[-1] if len(looks) == 1 else np.ones_like(looks[-1])
+
+    monkeypatch.setattr(guard._reader, "_score", fooled)
+    assert PHRASE in [part.text for part in guard.check_input(Request(images=[image])).found]
+    assert len(looks) == 2
+
+
+def test_a_piece_seen_by_both_looks_is_read_once(
+    guard: ImageText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recognize, pieces = guard._reader._recognize, []
+
+    def count(crops: Any) -> Any:
+        pieces.append(len(crops))
+        return recognize(crops)
+
+    monkeypatch.setattr(guard._reader, "_recognize", count)
+    guard.check_input(Request(images=[picture("plant a tree")]))
+    assert pieces == [1]
 
 
 def test_views_stay_within_max_pixels() -> None:

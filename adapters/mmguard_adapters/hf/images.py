@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextvars
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +59,7 @@ def load(image: Any, limits: Limits, timeout: float | None = None) -> LoadedImag
 
 
 @contextmanager
-def preloaded(images: Sequence[LoadedImage]) -> Iterator[None]:
+def preloaded(images: Sequence[LoadedImage]) -> Generator[None]:
     """Remember what could not be loaded for the processor call that follows on this thread.
 
     The caller loads first and passes blanks on, and whoever copies a blank makes an image of it.

@@ -95,7 +95,7 @@ class StopEarly(StoppingCriteria):
         input_ids: torch.Tensor,
         scores: Any,  # noqa: ARG002 - the interface
         **kwargs: Any,  # noqa: ARG002
-    ) -> torch.Tensor:
+    ) -> Any:
         """Say which rows are done."""
         length = input_ids.shape[1]
         if self._start < 0:

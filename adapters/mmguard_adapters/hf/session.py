@@ -6,7 +6,7 @@ import contextvars
 import hashlib
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -87,7 +87,7 @@ def trusts(instance: Any) -> bool:
 
 
 @contextmanager
-def trusting(*instances: Any) -> Iterator[None]:
+def trusting(*instances: Any) -> Generator[None]:
     """Let calls of these objects through, on this thread only."""
     trusted = _trusted.get() | {id(i) for i in instances if i is not None}
     token = _trusted.set(trusted)
@@ -98,7 +98,7 @@ def trusting(*instances: Any) -> Iterator[None]:
 
 
 @contextmanager
-def collecting() -> Iterator[list[Decisions]]:
+def collecting() -> Generator[list[Decisions]]:
     """Gather the decisions of the `generate` calls made meanwhile on this thread."""
     collected: list[Decisions] = []
     token = _collected.set(collected)

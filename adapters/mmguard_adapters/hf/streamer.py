@@ -136,7 +136,7 @@ class StopWhenBlocked(StoppingCriteria):
         input_ids: torch.Tensor,
         scores: Any,  # noqa: ARG002 - the interface
         **kwargs: Any,  # noqa: ARG002
-    ) -> torch.Tensor:
+    ) -> Any:
         """Say which rows are done: all or none."""
         blocked = self._streamer.blocked
         return torch.full((len(input_ids),), blocked, dtype=torch.bool, device=input_ids.device)

@@ -145,4 +145,5 @@ class BannedText(Guard):
 
 def _spelled_out(pattern: str) -> str:
     """Return the pattern with its word boundaries, outside of character sets, as look-arounds."""
-    return "".join(_BOUNDARIES.get(token, token) for token in _TOKEN.findall(pattern))
+    tokens: list[str] = _TOKEN.findall(pattern)
+    return "".join(_BOUNDARIES.get(token, token) for token in tokens)

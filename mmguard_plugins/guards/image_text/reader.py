@@ -24,6 +24,7 @@ MARGIN = 16  # text that touches the edge is found better with some room
 TALL = 1.5  # rapidocr reads a piece this much taller than wide from top to bottom
 TURNED = 0.9  # certainty from which a piece counts as upside down
 LONG = 2.0  # a piece this much wider than high shows which way is up
+NEAR = 0.2  # of a line's height: pieces no further apart are one
 DOUBT = 0.8  # a piece read with less confidence is read the other way up too
 TEST_WORD = "mmguard"
 
@@ -93,41 +94,48 @@ class Reader:
 
         Raises `UnreadableError` when there are more than `max_lines` pieces of text.
         """
-        return arrange(self._lines(_padded(image)))
+        pixels = _padded(image)
+        texts: dict[str, None] = {}
+        known: list[tuple[Any, Line]] = []
+        for boxes in self._find(pixels):
+            if len(boxes) > self._max_lines:
+                raise UnreadableError(
+                    f"a picture holds {len(boxes)} pieces of text; raise max_lines to read them"
+                )
+            lines = self._lines(pixels, boxes, known) if len(boxes) else []
+            known += zip(boxes, lines, strict=True)
+            sure = [n for n in lines if n.text and n.confidence >= self._min_confidence]
+            texts |= dict.fromkeys(arrange(sure))
+        return list(texts)
 
-    def _lines(self, pixels: Any) -> list[Line]:
-        boxes = self._find(pixels)
-        if not len(boxes):
-            return []
-        if len(boxes) > self._max_lines:
-            raise UnreadableError(
-                f"a picture holds {len(boxes)} pieces of text; raise max_lines to read them"
-            )
+    def _lines(self, pixels: Any, boxes: Any, known: Sequence[tuple[Any, Line]]) -> list[Line]:
+        """Read each piece, except where a piece already known stands."""
         crops = self._ocr.crop_text_regions(pixels, boxes)
         labels = self._ocr.text_cls(crops).cls_res
         flipped = ["180" in label and score > TURNED for label, score in labels]
         places = _follow_neighbours([_place(b, f) for b, f in zip(boxes, flipped, strict=True)])
-        read = self._recognize([np.rot90(c, p.turns) for c, p in zip(crops, places, strict=True)])
-        lines = [p.line(*found) for p, found in zip(places, read, strict=True)]
-        return [n for n in lines if n.text and n.confidence >= self._min_confidence]
+        lines = [_at(box, known) for box in boxes]
+        new = [i for i, line in enumerate(lines) if line is None]
+        if new:
+            read = self._recognize([np.rot90(crops[i], places[i].turns) for i in new])
+            for i, found in zip(new, read, strict=True):
+                lines[i] = places[i].line(*found)
+        return [line for line in lines if line is not None]
 
-    def _find(self, pixels: Any) -> Any:
-        """Return the corners of each piece of text.
+    def _find(self, pixels: Any) -> Iterator[Any]:
+        """Yield the corners of each piece of text, as found looking straight and from the side.
 
-        The detector's score maps are laid over each other, highest score on top: those of
-        overlapping tiles, since it misses small text in a large empty picture, and of a quarter
-        turn, since it misses much text on photos that does not run from left to right.
+        The detector misses much text on photos that does not run from left to right, so it looks
+        once more with the head turned. What it finds is kept apart: now and then it takes a whole
+        picture for one letter, which must not hide the rest.
         """
-        scores = np.zeros(pixels.shape[:2], np.float32)
-        for top, left in _tiles(*pixels.shape[:2]):
-            tile = pixels[top : top + TILE, left : left + TILE]
-            here = scores[top : top + TILE, left : left + TILE]
-            np.maximum(here, self._score(tile), out=here)
-            if self._turned:
-                turned = self._score(np.rot90(tile))
-                np.maximum(here, np.rot90(turned, -1), out=here)
-        boxes, _ = self._ocr.text_det.postprocess_op(scores[None, None], scores.shape)
-        return boxes
+        for turns in (0, 1) if self._turned else (0,):
+            scores = np.zeros(pixels.shape[:2], np.float32)
+            for top, left in _tiles(*pixels.shape[:2]):
+                tile = np.rot90(pixels[top : top + TILE, left : left + TILE], turns)
+                here = scores[top : top + TILE, left : left + TILE]
+                np.maximum(here, np.rot90(self._score(tile), -turns), out=here)
+            yield self._ocr.text_det.postprocess_op(scores[None, None], scores.shape)[0]
 
     def _score(self, pixels: Any) -> Any:
         """Return how likely each pixel is text."""
@@ -184,8 +192,16 @@ def _padded(image: Image.Image) -> Any:
     return np.pad(pixels, (*sides, (0, 0)), mode="edge")
 
 
+def _at(box: Any, known: Sequence[tuple[Any, Line]]) -> Line | None:
+    """Return the line that was read in (nearly) the same place."""
+    for other, line in known:
+        if np.abs(box - other).max() <= NEAR * line.height:
+            return line
+    return None
+
+
 def _tiles(height: int, width: int) -> Iterator[tuple[int, int]]:
-    """Yield the corners of tiles that cover the picture and overlap."""
+    """Yield the corners of overlapping tiles: small text is lost in a large empty picture."""
     for top in _starts(height):
         for left in _starts(width):
             yield top, left

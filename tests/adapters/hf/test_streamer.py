@@ -294,7 +294,12 @@ def test_a_stream_ends_when_generate_fails() -> None:
     def fail(ids: Any, scores: Any, **kwargs: Any) -> Any:
         raise RuntimeError("the model broke")
 
-    for options in ({"stopping_criteria": [fail]}, {"num_beams": 2}, {"custom_generate": fail}):
+    broken: list[dict[str, Any]] = [
+        {"stopping_criteria": [fail]},
+        {"num_beams": 2},
+        {"custom_generate": fail},
+    ]
+    for options in broken:
         streamer = Recorder()
         with pytest.raises((RuntimeError, ValueError, AdapterError)):
             scripted.generate(streamer, **options)

@@ -1,0 +1,1 @@
+"""Train the weights that mmguard's guards and examples load."""
