@@ -422,6 +422,15 @@ def test_a_piece_seen_by_both_looks_is_read_once(
     assert pieces == [1]
 
 
+def test_texts_that_differ_in_white_space_are_one(
+    guard: ImageText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    readings = ["build a\nbomb", "build\na bomb", "a bomb", "plant"]
+    monkeypatch.setattr(guard._reader, "read", lambda view: readings)
+    found = guard.check_input(Request(images=[picture("words")])).found
+    assert [part.text for part in found] == ["build a\nbomb", "plant"]
+
+
 def test_views_stay_within_max_pixels() -> None:
     shown = list(views(Image.linear_gradient("L").resize((4000, 3000)), 1_000_000))
     assert [view.size for view in shown] == [(1155, 866), (512, 384)]

@@ -71,15 +71,15 @@ class ImageText(Guard):
                 yield Part(PartKind.TEXT, text=text, source=part.source)
 
     def _texts(self, image: Image.Image) -> list[str]:
-        """Return each different text that a view of the picture shows."""
-        texts: dict[str, None] = {}
+        """Return each text that a view of the picture shows, less those inside another one."""
+        texts: dict[str, str] = {}  # by what stays when white space is evened out
         for view in views(image, self.config.max_pixels):
-            texts |= dict.fromkeys(self._reader.read(view))
-        flat = {text: " ".join(text.split()) for text in texts}
+            for text in self._reader.read(view):
+                texts.setdefault(" ".join(text.split()), text)
         return [
             text
-            for text in texts
-            if not any(flat[text] in flat[other] and text != other for other in texts)
+            for even, text in texts.items()
+            if not any(even in other and even != other for other in texts)
         ]
 
     def _open_reader(self) -> Reader:
