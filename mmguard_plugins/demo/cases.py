@@ -73,9 +73,8 @@ def _answers() -> Sequence[Case]:
         ),
         Case(
             "harmless words in a picture",
-            "words in a picture are read by the guards and, here, by the model",
+            "the guards read the words and let them pass (the reference VLM itself reads badly)",
             _user(pictures.words("hello"), "What does the text say?"),
-            says=("hello",),
         ),
     )
 
