@@ -27,6 +27,8 @@ from mmguard_plugins import (
     Verdict,
     hookimpl,
 )
+from mmguard_plugins.calls import Breaker
+from mmguard_plugins.config import BreakerConfig
 from mmguard_plugins.errors import ConfigError
 from tests.making import make_engine
 
@@ -220,6 +222,39 @@ def test_the_breaker_opens_after_repeated_failures_and_still_blocks() -> None:
     assert len(calls) == 4, "one call is let through after the cool-down"
     engine.check_input(Request("hi"))
     assert len(calls) == 4, "its failure opens the breaker again"
+
+
+def test_only_one_call_tries_a_guard_after_the_cool_down() -> None:
+    breaker = Breaker(BreakerConfig(failures=1, cooldown_s=0.05))
+    breaker.record(failed=True)
+    assert breaker.refuses()
+    time.sleep(0.06)
+    assert not breaker.refuses()
+    assert breaker.refuses(), "the trial is still under way"
+
+
+def test_no_thread_to_be_had_is_a_failure_not_a_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    decision = make_engine(Flags).check_input(Request("hi"))
+    assert decision.blocked
+    assert "can't start new thread" in decision.verdicts[0].reason
+
+
+def test_a_hook_gets_each_argument_it_asks_for() -> None:
+    class Compares(Guard):
+        inline: ClassVar[bool] = True
+
+        @hookimpl
+        def check_output(self, response: Response, generate: Any, request: Request) -> Verdict:
+            same = response.answer == request.text == generate(request)
+            return Verdict(self.name, Action.ALLOW if same else Action.BLOCK)
+
+    engine = make_engine(Passes, Compares)
+    assert not engine.check_output(Request("a"), Response("a"), lambda request: "a").blocked
+    assert engine.check_output(Request("a"), Response("a"), lambda request: "b").blocked
 
 
 def test_a_success_closes_the_breaker() -> None:
