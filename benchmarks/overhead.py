@@ -22,7 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import version
 from pathlib import Path
@@ -81,43 +81,38 @@ def interleaved(
     return best
 
 
-def burst_p50_us(one: Callable[[str], object], items: Sequence[str]) -> float:
-    """Return the median latency of 32 requests submitted together, microseconds."""
+async def burst_p50_us(one: Callable[[str], Awaitable[object]], items: Sequence[str]) -> float:
+    """Return the median latency of 32 requests submitted together, the best of 30 bursts, us."""
 
-    async def run() -> float:
-        loop = asyncio.get_running_loop()
-        with ThreadPoolExecutor(BURST) as pool:
+    async def timed(item: str) -> float:
+        start = time.perf_counter()
+        await one(item)
+        return time.perf_counter() - start
 
-            async def timed(item: str) -> float:
-                start = time.perf_counter()
-                await loop.run_in_executor(pool, one, item)
-                return time.perf_counter() - start
-
-            medians = []
-            for start in range(0, 30 * BURST, BURST):
-                group = items[start : start + BURST]
-                medians.append(statistics.median(await asyncio.gather(*map(timed, group))))
-            return min(medians) * 1e6
-
-    return asyncio.run(run())
+    medians = []
+    for start in range(0, 30 * BURST, BURST):
+        group = items[start : start + BURST]
+        medians.append(statistics.median(await asyncio.gather(*map(timed, group))))
+    return min(medians) * 1e6
 
 
-def engine_burst_p50_us(engine: Engine, items: Sequence[str]) -> float:
-    """Return the same median for `Engine.acheck_input`."""
+async def bursts_us(
+    engine: Engine, floor: Callable[[str], object], items: Sequence[str]
+) -> tuple[float, float]:
+    """Return the burst's median for the bare searches, on as many threads, and for the engine."""
+    bare = ours = float("inf")
+    with ThreadPoolExecutor(BURST) as pool:
 
-    async def run() -> float:
-        async def timed(item: str) -> float:
-            start = time.perf_counter()
+        async def search(item: str) -> None:
+            await asyncio.get_running_loop().run_in_executor(pool, floor, item)
+
+        async def check(item: str) -> None:
             await engine.acheck_input(Request(item))
-            return time.perf_counter() - start
 
-        medians = []
-        for start in range(0, 30 * BURST, BURST):
-            group = items[start : start + BURST]
-            medians.append(statistics.median(await asyncio.gather(*map(timed, group))))
-        return min(medians) * 1e6
-
-    return asyncio.run(run())
+        for _ in range(5):
+            bare = min(bare, await burst_p50_us(search, items))
+            ours = min(ours, await burst_p50_us(check, items))
+    return bare, ours
 
 
 def stream_us(engine: Engine) -> tuple[float, int, int]:
@@ -213,10 +208,7 @@ def measure() -> dict[str, float]:
     )
     results["check / floor"] = results["check us"] / results["floor us"]
     results["around generate / floor"] = results["around generate us"] / results["floor us"]
-    bare, ours = float("inf"), float("inf")
-    for _ in range(5):
-        bare = min(bare, burst_p50_us(floor, items))
-        ours = min(ours, engine_burst_p50_us(engine, items))
+    bare, ours = asyncio.run(bursts_us(engine, floor, items))
     results |= {"bare burst p50 us": bare, "burst p50 us": ours}
     results["burst p50 / bare burst p50"] = ours / bare
     above, leaked, first = stream_us(engine)
