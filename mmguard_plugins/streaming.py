@@ -71,11 +71,6 @@ class OutputStream:
         """The constant text that ends a blocked answer."""
         return self._engine.refusal(self.decision)
 
-    @property
-    def released(self) -> int:
-        """Characters of the current channel that have been released, before redaction."""
-        return self._released
-
     def push(self, token: str, channel: Channel = Channel.ANSWER) -> list[Delta]:
         """Take one token's text; return what may be sent now."""
         deltas: list[Delta] = []
