@@ -143,6 +143,8 @@ def literal(phrase: str) -> regex.Pattern[str]:
 @given(st.lists(phrases, max_size=3), st.lists(alternatives, max_size=2), conversations(), windows)
 @example(["ab"], [], [(ANSWER, "a"), (ANSWER, "b")], EVERY_TOKEN)
 @example([], ["a(?!bc)"], said("ab ab"), EVERY_TOKEN)
+@example([], ["b|a(?:a|bc)"], said("abc"), EVERY_TOKEN)
+@example([], [r" \b"], said("a a"), EVERY_TOKEN)
 @example([], ["(?=a)"], said("b" + "a" * 90), EVERY_TOKEN)
 def test_nothing_of_a_violation_is_released_and_everything_else_is(
     phrases: list[str], patterns: list[str], chunks: list[Chunk], window: dict[str, Any]

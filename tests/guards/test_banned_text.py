@@ -303,9 +303,11 @@ def test_the_end_of_a_response_decides_what_was_held() -> None:
     assert guard.check_output(Response(answer="so bad it is")).action is Action.ALLOW
 
 
-def test_a_complete_match_inside_a_begun_one_counts() -> None:
-    assert grown("a bad day ", patterns=["a .*z|bad"]).action is Action.BLOCK
-    assert grown("a bad day ", phrases=["a bad day at sea", "bad"]).action is Action.BLOCK
+@pytest.mark.parametrize("text", ["a bad", "a bad day "])
+def test_a_complete_match_inside_a_begun_one_does_not_end_it(text: str) -> None:
+    verdict = grown(text, patterns=["a .*z|bad"], action="redact")
+    assert verdict.hold_from == 0
+    assert verdict.action is (Action.REDACT if text.endswith(" ") else Action.ALLOW)
 
 
 @pytest.mark.parametrize("text", ["", "a", " ", "a b", "ab", " a_b-", "é!"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Iterable, Iterator
 from typing import Any, ClassVar, NamedTuple
 
@@ -85,14 +87,19 @@ class BannedText(Guard):
             if match is None or match.start() == len(text):  # nothing has begun
                 return len(text)
             if match.partial:
-                # A complete match may hide behind a partial one that started earlier.
-                whole = rule.search(text, match.start(), timeout=timeout)
-                if whole is not None and whole.end() + doubt <= len(text):
-                    hits.append(whole.group())
                 return int(match.start())
-            if match.end() + doubt > len(text):
+            settled = match.end() + doubt <= len(text)
+            if settled:
+                hits.append(match.group())
+            # `regex` names a complete match before one that began earlier and is not over.
+            until = time.monotonic() + timeout if timeout else math.inf
+            for earlier in range(start, match.start()):
+                if rule.match(text, earlier, timeout=timeout, partial=True):
+                    return earlier
+                if time.monotonic() > until:
+                    raise TimeoutError("regex timed out")
+            if not settled:
                 return int(match.start())
-            hits.append(match.group())
             start = max(match.end(), match.start() + 1)  # a match may be empty: `(?=x)`
 
     def _compile(self) -> Iterator[Rule]:
