@@ -13,7 +13,15 @@ from dataclasses import replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, NamedTuple
 
-from mmguard_plugins.types import Action, Channel, Decision, Request, Response, Stage
+from mmguard_plugins.types import (
+    Action,
+    Channel,
+    Decision,
+    Request,
+    Response,
+    Stage,
+    merge_spans,
+)
 
 if TYPE_CHECKING:
     from mmguard_plugins.engine import Engine
@@ -204,7 +212,7 @@ class OutputStream:
                 end = start + len(redaction.text)
                 spans.append((start, end, redaction.replacement))
                 start = text.find(redaction.text, end)
-        self._redactions = _apart(spans)
+        self._redactions = merge_spans(spans)
         return True
 
     def _cut(self, text: str, upto: int) -> str:
@@ -222,15 +230,3 @@ class OutputStream:
     def _block(self, reason: str) -> list[Delta]:
         self.decision = replace(self.decision, action=Action.BLOCK, reason=reason)
         return []
-
-
-def _apart(spans: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
-    """Return the spans in order, those that overlap as one, so that no rest of either shows."""
-    apart: list[tuple[int, int, str]] = []
-    for start, end, replacement in sorted(spans):
-        if apart and start < apart[-1][1]:
-            first, last, kept = apart[-1]
-            apart[-1] = (first, max(last, end), kept)
-        else:
-            apart.append((start, end, replacement))
-    return apart

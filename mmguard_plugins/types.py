@@ -7,7 +7,8 @@ of a stage into a `Decision` (what happens).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import IntEnum, StrEnum
 from typing import Any, NamedTuple
@@ -329,10 +330,27 @@ class Decision:
 
 
 def redact(text: str, redactions: Sequence[Redaction]) -> str:
-    """Replace every redaction in `text`, longest first so that none hides inside another."""
-    for redaction in sorted(redactions, key=lambda r: -len(r.text)):
-        text = text.replace(redaction.text, redaction.replacement)
+    """Replace every redaction in `text`; texts that overlap are replaced as one."""
+    spans = [
+        (found.start(), found.end(), redaction.replacement)
+        for redaction in redactions
+        for found in re.finditer(re.escape(redaction.text), text)
+    ]
+    for start, end, replacement in reversed(merge_spans(spans)):
+        text = text[:start] + replacement + text[end:]
     return text
+
+
+def merge_spans(spans: Iterable[tuple[int, int, str]]) -> list[tuple[int, int, str]]:
+    """Return the spans in order, those that overlap as one, so that no rest of either shows."""
+    apart: list[tuple[int, int, str]] = []
+    for start, end, replacement in sorted(spans):
+        if apart and start < apart[-1][1]:
+            first, last, kept = apart[-1]
+            apart[-1] = (first, max(last, end), kept)
+        else:
+            apart.append((start, end, replacement))
+    return apart
 
 
 def redact_message(message: Message, redactions: Sequence[Redaction]) -> Message:

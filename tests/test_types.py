@@ -59,6 +59,14 @@ def test_a_growing_response_offers_the_channel_that_grew() -> None:
     assert whole.text == "thought\nanswer"
 
 
-def test_redaction_prefers_the_longest_text() -> None:
-    redactions = [Redaction("bob", "1"), Redaction("bobby", "2")]
-    assert redact("bobby and bob", redactions) == "2 and 1"
+@pytest.mark.parametrize(
+    "text, redactions, expected",
+    [
+        ("bobby and bob", {"bob": "1", "bobby": "2"}, "1 and 1"),
+        ("abcd", {"ab": "[x]", "bcd": "[x]"}, "[x]"),
+        ("bad red", {"bad": "[red]", "red": "[red]"}, "[red] [red]"),
+        ("a.b axb", {"a.b": "-"}, "- axb"),
+    ],
+)
+def test_redaction_leaves_no_rest(text: str, redactions: dict[str, str], expected: str) -> None:
+    assert redact(text, [Redaction(*pair) for pair in redactions.items()]) == expected
