@@ -310,7 +310,7 @@ class Decision:
         return tuple(redaction for r in rulings for redaction in r.verdict.redactions)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the decision as JSON-ready values; text only as far as a guard's `reason` has any."""
+        """Return JSON-ready values; of user or model text only what a guard's `reason` quotes."""
         return {
             "action": self.action.name.lower(),
             "stage": self.stage.value,

@@ -29,7 +29,7 @@ class Decisions:
         return self.last.blocked
 
     def to_dict(self) -> dict[str, Any]:
-        """Return both decisions as JSON-ready values, without any user or model text."""
+        """Return both decisions as JSON-ready values; see `Decision.to_dict`."""
         return {
             "input": self.input.to_dict(),
             "output": self.output.to_dict() if self.output else None,
