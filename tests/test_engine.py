@@ -121,6 +121,14 @@ class ScoresNaN(Guard):
         return Verdict(self.name, Action.ALLOW, score=float("nan"))
 
 
+class ActsOnANumber(Guard):
+    inline: ClassVar[bool] = True
+
+    @hookimpl
+    def check_input(self, request: Request) -> Verdict:
+        return Verdict(self.name, 0)  # type: ignore[arg-type]
+
+
 class RedactsNothing(Guard):
     inline: ClassVar[bool] = True
 
@@ -141,6 +149,7 @@ class RedactsNothing(Guard):
         (SignsForAnother, "signed 'Passes'"),
         (ReturnsTrue, "returned a bool"),
         (ScoresNaN, "out of range"),
+        (ActsOnANumber, "action 0 is not an Action"),
         (RedactsNothing, "redacts nothing"),
     ],
 )
@@ -222,6 +231,15 @@ def test_the_breaker_opens_after_repeated_failures_and_still_blocks() -> None:
     assert len(calls) == 4, "one call is let through after the cool-down"
     engine.check_input(Request("hi"))
     assert len(calls) == 4, "its failure opens the breaker again"
+
+
+@pytest.mark.parametrize("broken", [Silent, RaisesInline, Raises])
+def test_every_kind_of_failure_opens_the_breaker(broken: type[Guard]) -> None:
+    engine = make_engine(broken, breaker={"failures": 2, "cooldown_s": 60})
+    reasons = [engine.check_input(Request("hi")).verdicts[0].reason for _ in range(3)]
+    assert "resting" not in reasons[1]
+    assert "resting" in reasons[2]
+    assert engine.check_input(Request("hi")).blocked
 
 
 def test_only_one_call_tries_a_guard_after_the_cool_down() -> None:
