@@ -225,8 +225,9 @@ class Redaction:
 class Verdict:
     """One guard's opinion, signed with its name.
 
-    `score` and `categories` are in 0..1, 1 being certainly unsafe. `reason` is for operators and
-    never reaches a client. `redactions` belong to `Action.REDACT`. `found` hands the other guards
+    `score`, `categories` and `scores` are in 0..1, 1 being certainly unsafe. `categories` are those
+    the guard objects to; `scores` may hold every category it knows, those it found harmless too.
+    `reason` is for operators and never reaches a client. `redactions` belong to `Action.REDACT`. `found` hands the other guards
     more to read. `inspected` names the sources really looked at; None means every part of the kinds
     the guard's class inspects. `hold_from` belongs to a growing response: text of the channel from
     this position on may still turn into a violation and must stay back; None leaves it to the
@@ -243,6 +244,7 @@ class Verdict:
     inspected: tuple[str, ...] | None = None
     hold_from: int | None = None
     failed: bool = False
+    scores: Mapping[str, float] = field(default_factory=dict)
 
 
 class Ruling(NamedTuple):
@@ -394,6 +396,7 @@ def _ruling_dict(ruling: Ruling) -> dict[str, Any]:
         "action": ruling.action.name.lower(),
         "score": verdict.score,
         "categories": dict(verdict.categories),
+        "scores": dict(verdict.scores),
         "reason": verdict.reason,
         "seconds": round(ruling.seconds, 6),
     }
