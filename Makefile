@@ -22,7 +22,8 @@ test-all: .venv/test-ready .venv-oldest/ready ## the slow tests too, and the ada
 	$(OFFLINE) .venv/bin/python -m pytest -m "not gpu and not vllm"
 	$(OFFLINE) .venv-oldest/bin/python -m pytest tests/adapters
 
-gpu: .venv/demo-ready ## train the bundled weights, then measure; needs a CUDA device
+gpu: .venv/train-ready ## train the bundled weights, then measure; needs a CUDA device
+	.venv/bin/mmguard train gate
 	.venv/bin/mmguard train reference-vlm
 	$(if $(wildcard benchmarks/gpu.py),.venv/bin/python benchmarks/gpu.py)
 
@@ -37,11 +38,15 @@ clean: ## remove the environments and every cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 .venv/test-ready: $(SETUP)
-	$(PYTHON) tools/setup_env.py .venv --extras demo,onnx,dev --weights
+	$(PYTHON) tools/setup_env.py .venv --extras demo,onnx,dev --files weights
 	@touch $@
 
 .venv/demo-ready: $(SETUP)
-	$(PYTHON) tools/setup_env.py .venv --extras demo --weights
+	$(PYTHON) tools/setup_env.py .venv --extras demo --files weights
+	@touch $@
+
+.venv/train-ready: $(SETUP)
+	$(PYTHON) tools/setup_env.py .venv --extras demo,onnx --files weights,texts
 	@touch $@
 
 # transformers 5.16.1 is the lower bound in pyproject.toml.

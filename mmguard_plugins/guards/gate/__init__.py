@@ -1,0 +1,1 @@
+"""Scores text, pictures and answers by category in milliseconds."""

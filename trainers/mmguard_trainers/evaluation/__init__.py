@@ -1,0 +1,1 @@
+"""Measures a guard against labelled sets, and against disguises of them."""
