@@ -88,7 +88,7 @@ def proportion(hits: int, n: int, level: float = 0.95) -> Proportion:
 
     `upper` is the one-sided bound: with probability `level` the true rate lies below it.
     """
-    from scipy.stats import beta  # type: ignore[import-untyped]
+    from scipy.stats import beta
 
     def bound(tail: float) -> float:
         return 1.0 if hits == n else float(beta.ppf(1 - tail, hits + 1, n - hits))

