@@ -10,6 +10,7 @@ from mmguard_plugins.demo import pictures
 
 if TYPE_CHECKING:
     from mmguard_plugins.demo.run import Outcome
+    from mmguard_plugins.types import Verdict
 
 TEMPLATE = "page.html"
 
@@ -58,6 +59,7 @@ def _card(outcome: Outcome) -> dict[str, Any]:
                 "reason": ruling.verdict.reason,
                 "read": [part.text for part in ruling.verdict.found],
                 "milliseconds": f"{ruling.seconds * 1e3:.1f}",
+                "scores": _scores(ruling.verdict),
             }
             for decision in outcome.decisions
             for ruling in decision.rulings
@@ -65,6 +67,19 @@ def _card(outcome: Outcome) -> dict[str, Any]:
         "coverage": outcome.decisions[0].coverage,
         "seconds": f"{outcome.seconds:.1f}",
     }
+
+
+def _scores(verdict: Verdict) -> list[dict[str, Any]]:
+    """Return every category the guard scored, highest first."""
+    return [
+        {
+            "name": name,
+            "value": f"{score:.2f}",
+            "percent": round(100 * score),
+            "raised": name in verdict.categories,
+        }
+        for name, score in sorted(verdict.scores.items(), key=lambda item: -item[1])
+    ]
 
 
 def _shown(part: dict[str, Any]) -> dict[str, str]:
