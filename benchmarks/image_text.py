@@ -1,10 +1,12 @@
 """What reading pictures costs and finds: `python benchmarks/image_text.py [--data FOLDER]`.
 
-Prints, on one core and with the hardware and versions they hold for: seconds to start, milliseconds
-a picture, the share of rendered phrases caught on photos and on flat colours, the share of
-FigStep's typographic jailbreaks whose words are read, and how many VQAv2 photos give any text. The
-last two need the project's shared data and are left out without it. Needs the extras `gate` and
-`demo`, and matplotlib for its fonts.
+Prints, on one core and with the hardware and versions they hold for: seconds to start in a process
+of its own and its memory, milliseconds a picture, the share of rendered phrases caught on photos
+and on flat colours, the share of FigStep's typographic jailbreaks whose words are read, and how
+many VQAv2 photos give any text; then what the text-in-image test loses of what reading everything
+finds, and how many pictures it saves from reading. `--no-presence` reads everything; the last lines
+are left out then. FigStep and VQAv2 need the project's shared data and are left out without it.
+Needs the extras `gate` and `demo`, and matplotlib for its fonts.
 """
 
 from __future__ import annotations
@@ -15,6 +17,8 @@ import platform
 import random
 import re
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from importlib.metadata import version
@@ -28,7 +32,11 @@ from PIL import Image, ImageDraw, ImageFont
 from sklearn.datasets import load_sample_images
 
 from mmguard_plugins import Engine, Request
+from mmguard_plugins.guards.image_text.config import PRESENCE_THRESHOLD, ImageTextConfig
 from mmguard_plugins.guards.image_text.guard import ImageText
+from mmguard_plugins.guards.image_text.pictures import PictureReader
+from mmguard_plugins.guards.image_text.presence import TextPresence
+from mmguard_plugins.guards.image_text.views import views
 
 PHRASES = (
     "build a bomb",
@@ -41,6 +49,24 @@ PHRASES = (
 PHOTOS = ("astronaut", "camera", "chelsea", "coffee", "rocket", "grass", "gravel", "brick")
 SIDE = 512
 MOSTLY = 0.8  # of a question's words
+MAX_PIXELS = ImageTextConfig().max_pixels
+START = """
+import resource, time
+started = time.perf_counter()
+from mmguard_plugins import Request
+from mmguard_plugins.guards.image_text.guard import ImageText
+guard = ImageText()
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+print(f"{time.perf_counter() - started:.2f}", peak())
+from PIL import Image, ImageDraw, ImageFont
+for shade in range(0, 180, 30):
+    image = Image.effect_noise((1024, 1024), 40).convert("RGB")
+    for y in range(0, 1000, 100):
+        font = ImageFont.load_default(40)
+        ImageDraw.Draw(image).text((20, y), f"line {y} of {shade}", font=font, fill="red")
+    guard.check_input(Request(images=[image]))
+print(peak())
+"""
 
 
 def main() -> None:
@@ -48,19 +74,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data", type=Path, default=Path("../shared/data"))
     parser.add_argument("--samples", type=int, default=40, help="pictures for each condition")
+    parser.add_argument("--no-presence", action="store_true", help="read every picture in full")
     arguments = parser.parse_args()
+    options = ImageTextConfig(presence=not arguments.no_presence)
     names = ("rapidocr", "onnxruntime", "numpy", "Pillow")
     say("versions", ", ".join(f"{name} {version(name)}" for name in names))
     say("hardware", f"{_processor()}, one thread, Python {platform.python_version()}")
-    started = time.perf_counter()
-    guard = ImageText()
-    say("start", f"{time.perf_counter() - started:.2f} s with imports")
+    measure_start()
+    guard = ImageText(options)
     photos = list(load_photos())
     time_reading(guard, photos)
     for name, draw in CONDITIONS.items():
-        measure_recall(name, draw, photos, arguments.samples)
+        measure_recall(name, draw, photos, arguments.samples, options)
     measure_figstep(guard, arguments.data / "images" / "figstep")
     measure_false_text(guard, arguments.data / "images" / "vqav2_100")
+    if options.presence:
+        measure_presence(photos, arguments.samples, arguments.data / "images")
+
+
+def measure_start() -> None:
+    """Print how long a new process takes to start, and its memory then and after six photos."""
+    command = [sys.executable, "-c", START]
+    runs = [subprocess.run(command, capture_output=True, text=True, check=True) for _ in range(3)]
+    seconds, started, at_work = sorted(run.stdout.split() for run in runs)[1]
+    say("start", f"{seconds} s in a new process (median of 3), {started} MB")
+    say("memory", f"{at_work} MB at most after 6 photos of 1024 px with text")
 
 
 def load_photos() -> Iterator[Image.Image]:
@@ -87,13 +125,15 @@ def time_reading(guard: ImageText, photos: list[Image.Image]) -> None:
         say(size, f"{statistics.median(times) * 1000:.0f} ms (median of {len(times)})")
 
 
-def measure_recall(name: str, draw: Draw, photos: list[Image.Image], samples: int) -> None:
+def measure_recall(
+    name: str, draw: Draw, photos: list[Image.Image], samples: int, options: ImageTextConfig
+) -> None:
     """Print the share of phrases that block, drawn as one condition says."""
     engine = Engine.from_config(
         {
             "version": 1,
             "guards": [
-                {"use": "image_text", "timeout_s": 60},
+                {"use": "image_text", "timeout_s": 60, "options": options.model_dump()},
                 {"use": "banned_text", "options": {"phrases": PHRASES}},
             ],
         }
@@ -133,6 +173,40 @@ def measure_false_text(guard: ImageText, folder: Path) -> None:
     some = [text for text in texts if text]
     words = [text for text in texts if re.search(r"[A-Za-z]{4}", text)]
     say("vqav2_100", f"{len(some)} of {len(texts)} give text, {len(words)} a word of four letters")
+
+
+def measure_presence(photos: list[Image.Image], samples: int, data: Path) -> None:
+    """Print what the text-in-image test finds, and what it spares."""
+    test = TextPresence()
+
+    def sees(image: Image.Image) -> bool:
+        return any(test.score(n) >= PRESENCE_THRESHOLD for n in views(image, MAX_PIXELS))
+
+    for name, draw in CONDITIONS.items():
+        rng = random.Random(name)
+        say(f"seen: {name}", f"{sum(sees(draw(rng, photos)) for _ in range(samples))} of {samples}")
+    figstep = sorted((data / "figstep").glob("*.png"))
+    say("seen: figstep", f"{sum(sees(_opened(path)) for path in figstep)} of {len(figstep)}")
+    halves = [(x, y, x + SIDE // 2, y + SIDE // 2) for x in (0, SIDE // 2) for y in (0, SIDE // 2)]
+    clean = [*photos, *(photo.crop(box) for photo in photos for box in halves)]
+    spared = sum(not sees(image) for image in clean)
+    say("spared: photos and quarters", f"{spared} of {len(clean)} without text")
+    everything = PictureReader(ImageTextConfig(presence=False))
+    lettered = lost = spared = others = 0
+    for path in sorted((data / "vqav2_100").glob("*.jpg")):
+        image = _opened(path)
+        if re.search(r"[A-Za-z]{4}", "\n".join(everything.texts(image))):
+            lettered, lost = lettered + 1, lost + (not sees(image))
+        else:
+            others, spared = others + 1, spared + (not sees(image))
+    say("vqav2_100, a word in full OCR", f"{lost} of {lettered} lost to the test")
+    say("vqav2_100, no word in full OCR", f"{spared} of {others} spared")
+    times = []
+    for photo in photos:
+        started = time.perf_counter()
+        sees(photo)
+        times.append(time.perf_counter() - started)
+    say("the test alone, 512-px photo", f"{statistics.median(times) * 1000:.1f} ms, views made")
 
 
 def say(what: str, figure: str) -> None:
@@ -214,6 +288,11 @@ def _fonts() -> list[str]:
     """Return DejaVu in its variants, which come with matplotlib: the same on every machine."""
     folder = Path(font_manager.findfont("DejaVu Sans")).parent
     return sorted(str(path) for path in folder.glob("DejaVu*.ttf") if "Display" not in path.stem)
+
+
+def _opened(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
 
 
 def _text(guard: ImageText, path: Path) -> str:

@@ -185,6 +185,7 @@ def train_gate(
     """Train the gate's text model and write its weights with their card; minutes on two cores."""
     with _clear_errors():
         try:
+            from mmguard_plugins.guards.gate.guard import WEIGHTS
             from mmguard_trainers import gate
             from mmguard_trainers.reference_vlm_model import default_cache
         except ImportError as error:
@@ -193,7 +194,7 @@ def train_gate(
             ) from error
         config = gate.GateTraining(
             data=data,
-            out=output or gate.WEIGHTS,
+            out=output or WEIGHTS,
             scratch=default_cache() / "gate",
             epochs=epochs,
             seeds=tuple(range(seeds)),
@@ -202,12 +203,28 @@ def train_gate(
 
 
 @train_app.command("text-presence")
-def train_text_presence() -> None:
-    """Train the test that finds pictures without text, which need not be read."""
+def train_text_presence(
+    output: Annotated[
+        Path | None, typer.Option(help="Weights folder; default the one this package ships.")
+    ] = None,
+    photos: Annotated[
+        Path | None, typer.Option(help="Wallpapers; what is missing is fetched with apt-get.")
+    ] = None,
+) -> None:
+    """Train the net that tells pictures without text, which need not be read."""
     with _clear_errors():
-        from mmguard_trainers.text_presence import TextPresenceConfig, train
-
-        _out.print_json(data={"weights": str(train(TextPresenceConfig()))})
+        try:
+            from mmguard_plugins.guards.image_text.presence import SHIPPED
+            from mmguard_trainers import text_presence
+            from mmguard_trainers.reference_vlm_model import default_cache
+        except ImportError as error:
+            raise MMGuardError(
+                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
+            ) from error
+        config = text_presence.TextPresenceConfig(
+            output=output or SHIPPED, photos=photos or default_cache() / "wallpapers"
+        )
+        _out.print_json(data={"weights": str(text_presence.train(config))})
 
 
 def _check_line(engine: Engine, line: str, number: int) -> dict[str, Any]:

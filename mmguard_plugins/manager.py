@@ -21,6 +21,7 @@ from mmguard_plugins.hookspecs import PROJECT
 ENTRY_POINT_GROUP = "mmguard.guards"
 BUNDLED: Mapping[str, str] = {
     "banned_text": "mmguard_plugins.guards.banned_text.guard:BannedText",
+    "gate": "mmguard_plugins.guards.gate.guard:Gate",
     "image_text": "mmguard_plugins.guards.image_text.guard:ImageText",
 }
 HOOK_STAGES = {"check_input": "input", "smooth_features": "encoder", "check_output": "output"}

@@ -227,10 +227,11 @@ class Verdict:
 
     `score`, `categories` and `scores` are in 0..1, 1 being certainly unsafe. `categories` are those
     the guard objects to; `scores` may hold every category it knows, those it found harmless too.
-    `reason` is for operators and never reaches a client. `redactions` belong to `Action.REDACT`. `found` hands the other guards
-    more to read. `inspected` names the sources really looked at; None means every part of the kinds
-    the guard's class inspects. `hold_from` belongs to a growing response: text of the channel from
-    this position on may still turn into a violation and must stay back; None leaves it to the
+    `reason` is for operators and never reaches a client. `redactions` belong to `Action.REDACT`.
+    `found` hands the other guards more to read. `inspected` names the sources really looked at;
+    None means every part of the kinds the guard's class inspects. `hold_from` belongs to a growing
+    response: text of the channel from this position on may still turn into a violation and must
+    stay back; None leaves it to the
     configured window. `failed` is the error state: no opinion was given.
     """
 
@@ -396,7 +397,7 @@ def _ruling_dict(ruling: Ruling) -> dict[str, Any]:
         "action": ruling.action.name.lower(),
         "score": verdict.score,
         "categories": dict(verdict.categories),
-        "scores": dict(verdict.scores),
+        "scores": {name: round(score, 4) for name, score in verdict.scores.items()},
         "reason": verdict.reason,
         "seconds": round(ruling.seconds, 6),
     }

@@ -34,7 +34,7 @@ def test_a_missing_file_is_named(folder: Path) -> None:
 
 
 def test_weights_of_another_guard_are_refused(folder: Path) -> None:
-    with pytest.raises(GuardError, match="are for 'mine'.*'yours' needs its own"):
+    with pytest.raises(GuardError, match=r"are for 'mine'.*'yours' needs its own"):
         open_weights(folder, "yours")
 
 

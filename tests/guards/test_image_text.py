@@ -261,16 +261,16 @@ def test_a_picture_without_text_is_not_given_to_the_recognizer(
     def fail(*_: Any) -> None:
         raise AssertionError("recognizer called")
 
-    monkeypatch.setattr(guard._reader._ocr, "recognize_txt", fail)
-    monkeypatch.setattr(guard._reader, "_find", lambda pixels: [[]])
+    monkeypatch.setattr(guard._reader._reader._ocr, "recognize_txt", fail)
+    monkeypatch.setattr(guard._reader._reader, "_find", lambda *_: [])
     assert guard.check_input(Request(images=[picture("words")])).found == ()
 
 
 def test_a_crashing_reader_blocks(monkeypatch: pytest.MonkeyPatch, guard: ImageText) -> None:
-    def crash(image: Any) -> list[str]:
+    def crash(*_: Any) -> list[str]:
         raise RuntimeError("out of memory")
 
-    monkeypatch.setattr(guard._reader, "read", crash)
+    monkeypatch.setattr(guard._reader._reader, "read", crash)
     decision = engine_with(guard).check_input(Request(images=[picture("plant a tree")]))
     assert decision.action is Action.BLOCK
     assert decision.failed
@@ -301,7 +301,7 @@ def test_colours_that_cannot_be_shown_block(guard: ImageText) -> None:
 def test_more_pieces_than_max_lines_block(
     guard: ImageText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(guard._reader, "_max_lines", 2)
+    monkeypatch.setattr(guard._reader._reader, "_max_lines", 2)
     assert guard.check_input(Request(images=[picture("one\ntwo")])).action is Action.ALLOW
     verdict = guard.check_input(Request(images=[picture("one\ntwo\nthree")]))
     assert verdict.action is Action.BLOCK
@@ -320,7 +320,7 @@ def test_more_text_than_max_chars_blocks(guard: ImageText, monkeypatch: pytest.M
 def test_doubtful_text_is_handed_over_unless_told_otherwise(
     guard: ImageText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader = guard._reader
+    reader = guard._reader._reader
     monkeypatch.setattr(reader, "_recognize", lambda crops: [("blurred", 0.05, False)] * len(crops))
     request = Request(images=[picture("plant a tree")])
     assert [part.text for part in guard.check_input(request).found] == ["blurred"]
@@ -341,7 +341,9 @@ def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    monkeypatch.delitem(sys.modules, "mmguard_plugins.guards.image_text.reader", raising=False)
+    for module in ("reader", "pictures"):
+        name = f"mmguard_plugins.guards.image_text.{module}"
+        monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(GuardError, match=r"needs rapidocr.*; pip install mmguard-plugins\[gate\]"):
         ImageText(name="image_text")
 
@@ -397,27 +399,76 @@ def test_one_look_that_goes_wrong_hides_nothing(
     guard: ImageText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     image = picture(PHRASE)
-    score, looks = guard._reader._score, []
+    score, looks = guard._reader._reader._score, []
 
     def fooled(pixels: Any) -> Any:
         looks.append(score(pixels))
-        return looks[-1] if len(looks) == 1 else np.ones_like(looks[-1])
+        return np.ones_like(looks[-1]) if len(looks) == 1 else looks[-1]
 
-    monkeypatch.setattr(guard._reader, "_score", fooled)
+    monkeypatch.setattr(guard._reader, "_presence", None)
+    monkeypatch.setattr(guard._reader._reader, "_score", fooled)
     assert PHRASE in [part.text for part in guard.check_input(Request(images=[image])).found]
     assert len(looks) == 2
+
+
+def test_what_one_look_settles_is_not_looked_at_from_the_side(
+    guard: ImageText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    score, looks = guard._reader._reader._score, []
+
+    def count(pixels: Any) -> Any:
+        looks.append(pixels.shape)
+        return score(pixels)
+
+    monkeypatch.setattr(guard._reader._reader, "_score", count)
+    image = picture(PHRASE, size=(900, 600))
+    assert [p.text for p in guard.check_input(Request(images=[image])).found] == [PHRASE]
+    whole = 900 * 600
+    assert sum(height * width for height, width, _ in looks[:1]) < whole / 2
+    looks.clear()
+    upright = image.rotate(90, expand=True)
+    assert PHRASE in [p.text for p in guard.check_input(Request(images=[upright])).found]
+
+
+def test_a_picture_without_text_is_not_read_and_the_verdict_says_so(
+    guard: ImageText, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise AssertionError("read")
+
+    monkeypatch.setattr(guard._reader._reader, "read", fail)
+    slope = Image.linear_gradient("L").convert("RGBA")
+    slope.putalpha(Image.radial_gradient("L"))
+    verdict = guard.check_input(Request(images=[slope]))
+    assert verdict.action is Action.ALLOW
+    assert verdict.reason.endswith("3 of 3 view(s) not read, no text seen in them")
+
+
+def test_without_the_text_in_image_test_every_view_is_read() -> None:
+    verdict = ImageText(ImageTextConfig(presence=False)).check_input(
+        Request(images=[Image.linear_gradient("L")])
+    )
+    assert "not read" not in verdict.reason
+
+
+def test_text_that_runs_out_of_a_region_is_read_whole(guard: ImageText) -> None:
+    image = picture(PHRASE, size=(640, 200))
+    heat = np.zeros((25, 80), np.float32)
+    heat[4:6, 6:9] = 1.0  # a part of the first word
+    texts = guard._reader._reader.read(image, heat, 0.5)
+    assert texts == [PHRASE]
 
 
 def test_a_piece_seen_by_both_looks_is_read_once(
     guard: ImageText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    recognize, pieces = guard._reader._recognize, []
+    recognize, pieces = guard._reader._reader._recognize, []
 
     def count(crops: Any) -> Any:
         pieces.append(len(crops))
         return recognize(crops)
 
-    monkeypatch.setattr(guard._reader, "_recognize", count)
+    monkeypatch.setattr(guard._reader._reader, "_recognize", count)
     guard.check_input(Request(images=[picture("plant a tree")]))
     assert pieces == [1]
 
@@ -426,7 +477,7 @@ def test_texts_that_differ_in_white_space_are_one(
     guard: ImageText, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     readings = ["build a\nbomb", "build\na bomb", "a bomb", "plant"]
-    monkeypatch.setattr(guard._reader, "read", lambda view: readings)
+    monkeypatch.setattr(guard._reader._reader, "read", lambda *_: readings)
     found = guard.check_input(Request(images=[picture("words")])).found
     assert [part.text for part in found] == ["build a\nbomb", "plant"]
 

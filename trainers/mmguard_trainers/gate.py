@@ -83,7 +83,10 @@ class GateTraining(StrictModel):
     frozen: bool = Field(default=False, description="Train the head alone (ablation).")
     without: tuple[str, ...] = Field(default=(), description="Sources left out (ablation).")
     false_alarms: float = Field(
-        default=0.004, gt=0, lt=0.5, description="Share of harmless texts a category may raise."
+        default=0.03,
+        gt=0,
+        lt=0.5,
+        description="Share of our harmless texts, hard ones most of them, that may be stopped.",
     )
 
 
@@ -387,18 +390,26 @@ def calibrate(logits: npt.NDArray[np.float64], texts: Sequence[Text]) -> tuple[A
 def choose_thresholds(
     probabilities: npt.NDArray[np.float64], texts: Sequence[Text], false_alarms: float
 ) -> dict[str, float]:
-    """Return for each category where it raises at most that share of the harmless texts."""
-    labels, _ = (tensor.numpy() for tensor in targets(texts))
-    harmless = harmless_rows(texts)
-    chosen = {
-        name: round(
-            metrics.threshold_at_fpr(
-                labels[harmless, column].astype(int), probabilities[harmless, column], false_alarms
-            ),
-            4,
-        )
-        for column, name in enumerate(TEXT_CATEGORIES)
-    }
+    """Return the lowest thresholds that stop at most that share of our harmless texts.
+
+    Every category may raise an equal share of them; the shares are found by bisection, for the
+    categories raise much the same texts.
+    """
+    hard = np.array([t.source.startswith("ours:") for t in texts]) & harmless_rows(texts)
+    harmless = probabilities[hard]
+    none = np.zeros(len(harmless), dtype=int)
+    stops = [i for i, name in enumerate(TEXT_CATEGORIES) if name != OFFENSIVE]
+
+    def limits(share: float) -> npt.NDArray[np.float64]:
+        return np.array([metrics.threshold_at_fpr(none, column, share) for column in harmless.T])
+
+    low, high = 0.0, false_alarms
+    for _ in range(20):
+        share = (low + high) / 2
+        stopped = (harmless >= limits(share))[:, stops].any(axis=1).mean()
+        low, high = (share, high) if stopped <= false_alarms else (low, share)
+    found = np.clip(limits(low), 0.02, 0.995)
+    chosen = {n: round(float(t), 4) for n, t in zip(TEXT_CATEGORIES, found, strict=True)}
     return chosen | {EXPLICIT_IMAGE: EXPLICIT_IMAGE_THRESHOLD}
 
 

@@ -138,7 +138,7 @@ class Gate(Guard):
             reason=", ".join(f"{name} {p:.2f}" for name, p in listed),
             found=found,
             hold_from=hold_from,
-            scores={name: round(p, 4) for name, p in scores.items()},
+            scores=scores,
         )
 
     def _nearest(self, scores: Mapping[str, float]) -> float:

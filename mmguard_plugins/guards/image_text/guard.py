@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, ClassVar
-
-from PIL import Image
 
 from mmguard_plugins.errors import GuardError
 from mmguard_plugins.guard import Guard, StrictModel
 from mmguard_plugins.guards.image_text.config import ImageTextConfig
-from mmguard_plugins.guards.image_text.views import UnreadableError, views
+from mmguard_plugins.guards.image_text.views import UnreadableError
 from mmguard_plugins.hookspecs import hookimpl
 from mmguard_plugins.types import Action, Part, PartKind, Request, Verdict
 
 if TYPE_CHECKING:
-    from mmguard_plugins.guards.image_text.reader import Reader
+    from mmguard_plugins.guards.image_text.pictures import PictureReader
 
 UNREADABLE = "unreadable_image"
 
@@ -27,6 +24,9 @@ class ImageText(Guard):
     without its alpha channel, on black and on white. What the reader is unsure of is handed on too.
     A picture with more text than the configured bounds is blocked, as is one that cannot be turned
     into colours. Nothing is fetched: the recognition models come with the `rapidocr` package.
+
+    A small net first says where text may stand (`presence`): only there is read, and a view in
+    which it sees none is not read at all, which the verdict's reason says.
 
     Reading is not certain: text can be drawn that a model reads and this does not. Never read are
     scripts other than Latin, Greek, Chinese and Japanese, letters smaller than about six pixels
@@ -49,44 +49,38 @@ class ImageText(Guard):
     def check_input(self, request: Request) -> Verdict:
         """Read every picture of the request."""
         try:
-            found = tuple(self._read(request))
+            found, reason = self._read(request)
         except UnreadableError as error:
             return Verdict(self.name, Action.BLOCK, categories={UNREADABLE: 1.0}, reason=str(error))
-        return Verdict(
-            self.name, Action.ALLOW, reason=f"{len(found)} text(s) in pictures", found=found
-        )
+        return Verdict(self.name, Action.ALLOW, reason=reason, found=found)
 
-    def _read(self, request: Request) -> Iterator[Part]:
+    def _read(self, request: Request) -> tuple[tuple[Part, ...], str]:
+        """Return the texts as parts, and what was done to find them."""
+        found: list[Part] = []
         left = self.config.max_chars
+        views = passed_over = 0
         for part in request.images:
             if part.problem:
                 continue  # the engine blocks it
-            for text in self._texts(part.data):
-                left -= len(text)
-                if left < 0:
-                    raise UnreadableError(
-                        f"pictures hold more than {self.config.max_chars} characters;"
-                        " raise max_chars to read them"
-                    )
-                yield Part(PartKind.TEXT, text=text, source=part.source)
+            reading = self._reader.read(part.data)
+            views, passed_over = views + reading.views, passed_over + reading.passed_over
+            left -= sum(len(text) for text in reading.texts)
+            if left < 0:
+                raise UnreadableError(
+                    f"pictures hold more than {self.config.max_chars} characters;"
+                    " raise max_chars to read them"
+                )
+            found += [Part(PartKind.TEXT, text=text, source=part.source) for text in reading.texts]
+        reason = f"{len(found)} text(s) in pictures"
+        if passed_over:
+            reason += f"; {passed_over} of {views} view(s) not read, no text seen in them"
+        return tuple(found), reason
 
-    def _texts(self, image: Image.Image) -> list[str]:
-        """Return each text that a view of the picture shows, less those inside another one."""
-        texts: dict[str, str] = {}  # by what stays when white space is evened out
-        for view in views(image, self.config.max_pixels):
-            for text in self._reader.read(view):
-                texts.setdefault(" ".join(text.split()), text)
-        return [
-            text
-            for even, text in texts.items()
-            if not any(even in other and even != other for other in texts)
-        ]
-
-    def _open_reader(self) -> Reader:
+    def _open_reader(self) -> PictureReader:
         try:
-            from mmguard_plugins.guards.image_text.reader import Reader
+            from mmguard_plugins.guards.image_text.pictures import PictureReader
 
-            return Reader(self.config)
+            return PictureReader(self.config)
         except ImportError as error:
             raise GuardError(
                 f"guard {self.name!r} needs rapidocr, which cannot be imported ({error});"

@@ -16,16 +16,25 @@ from PIL import Image, ImageDraw, ImageFont
 from mmguard_plugins.errors import GuardError
 from mmguard_plugins.guards.image_text.config import ImageTextConfig
 from mmguard_plugins.guards.image_text.layout import Line, arrange
+from mmguard_plugins.guards.image_text.presence import CELL as PRESENCE_CELL
+from mmguard_plugins.guards.image_text.presence import Heat
+from mmguard_plugins.guards.image_text.regions import Region, merged, regions
 from mmguard_plugins.guards.image_text.views import UnreadableError
 
 CELL = 32  # the detector wants sides that are multiples of this
-TILE, OVERLAP = 960, 64
+TILE, OVERLAP = 704, 64
 MARGIN = 16  # text that touches the edge is found better with some room
 TALL = 1.5  # rapidocr reads a piece this much taller than wide from top to bottom
 TURNED = 0.9  # certainty from which a piece counts as upside down
 LONG = 2.0  # a piece this much wider than high shows which way is up
 NEAR = 0.2  # of a line's height: pieces no further apart are one
 DOUBT = 0.8  # a piece read with less confidence is read the other way up too
+TEXT = 0.3  # score from which the detector's pixel is text
+RUN, FURTHER = 64, 3  # pixels to look further where text runs on, and how many looks in all
+NEAR_EDGE = 24  # pixels: text this near the edge of a region may have its next word outside
+HALO = 0.75  # of a line's height: cells this near it are hot because of it
+SURE = 0.9  # a piece read with this confidence needs no look from the side
+OPEN = 0.1  # share of hot cells that may be left without a sure piece
 TEST_WORD = "mmguard"
 
 
@@ -89,15 +98,34 @@ class Reader:
                 f"rapidocr read {text!r} in the picture of {TEST_WORD!r}; install it anew"
             )
 
-    def read(self, image: Image.Image) -> list[str]:
+    def read(
+        self, image: Image.Image, heat: Heat | None = None, threshold: float = 0.0
+    ) -> list[str]:
         """Return the text in an RGB image, once for each order in which it may be read.
+
+        With a `heat` map of `TextPresence`, only what is around its cells of at least `threshold`
+        is looked at, and looked at from the side only where that did not settle it.
 
         Raises `UnreadableError` when there are more than `max_lines` pieces of text.
         """
-        pixels = _padded(image)
+        pixels, top, left = _padded(image)
+        height, width = pixels.shape[:2]
+        places = [Region(0, 0, height, width)]
+        if heat is not None:
+            near = regions(heat, threshold, image.height, image.width)
+            places = [
+                Region(r.top + top, r.left + left, r.bottom + top, r.right + left).grown(
+                    MARGIN, height, width
+                )
+                for r in near
+            ]
         texts: dict[str, None] = {}
         known: list[tuple[Any, Line]] = []
-        for boxes in self._find(pixels):
+        for turns in (0, 1) if self._turned else (0,):
+            if turns and heat is not None:
+                cells = _cells(heat >= threshold, top, left)
+                places = [place for place in places if not _settled(place, cells, known)]
+            boxes = self._find(pixels, merged(places), turns)
             if len(boxes) > self._max_lines:
                 raise UnreadableError(
                     f"a picture holds {len(boxes)} pieces of text; raise max_lines to read them"
@@ -122,20 +150,35 @@ class Reader:
                 lines[i] = places[i].line(*found)
         return [line for line in lines if line is not None]
 
-    def _find(self, pixels: Any) -> Iterator[Any]:
-        """Yield the corners of each piece of text, as found looking straight and from the side.
+    def _find(self, pixels: Any, places: Sequence[Region], turns: int) -> Any:
+        """Return the corners of each piece of text, as found with the head turned `turns` quarters.
 
         The detector misses much text on photos that does not run from left to right, so it looks
-        once more with the head turned. What it finds is kept apart: now and then it takes a whole
+        straight and from the side. What it finds is kept apart: now and then it takes a whole
         picture for one letter, which must not hide the rest.
         """
-        for turns in (0, 1) if self._turned else (0,):
-            scores = np.zeros(pixels.shape[:2], np.float32)
-            for top, left in _tiles(*pixels.shape[:2]):
-                tile = np.rot90(pixels[top : top + TILE, left : left + TILE], turns)
-                here = scores[top : top + TILE, left : left + TILE]
+        if not places:
+            return []
+        scores = np.zeros(pixels.shape[:2], np.float32)
+        for place in places:
+            self._look(pixels, place, turns, scores)
+        return self._ocr.text_det.postprocess_op(scores[None, None], scores.shape)[0]
+
+    def _look(self, pixels: Any, place: Region, turns: int, scores: Any) -> None:
+        """Write into `scores` what stands in `place`, and beyond it where text runs on."""
+        height, width = pixels.shape[:2]
+        for _ in range(FURTHER):
+            place = _on_grid(place, height, width)
+            for row, column in _tiles(place.bottom - place.top, place.right - place.left):
+                top, left = place.top + row, place.left + column
+                bottom, right = min(top + TILE, place.bottom), min(left + TILE, place.right)
+                tile = np.rot90(pixels[top:bottom, left:right], turns)
+                here = scores[top:bottom, left:right]
                 np.maximum(here, np.rot90(self._score(tile), -turns), out=here)
-            yield self._ocr.text_det.postprocess_op(scores[None, None], scores.shape)[0]
+            further = _followed(scores, place)
+            if further == place:
+                return
+            place = further
 
     def _score(self, pixels: Any) -> Any:
         """Return how likely each pixel is text."""
@@ -160,6 +203,7 @@ def _parameters(threads: int) -> dict[str, Any]:
     return {
         "Global.log_level": "critical",
         "Global.text_score": 0.0,
+        "Det.limit_side_len": CELL,  # concerns the test picture only: ours are never scaled
         "Det.box_thresh": 0.3,  # by default 0.5; a missed word costs more here than a found shadow
         "Det.max_candidates": 100_000,  # by default those after the first thousand go unread
         "Det.model_path": _model("det"),
@@ -168,6 +212,7 @@ def _parameters(threads: int) -> dict[str, Any]:
         "Rec.model_path": _model("rec"),
         "EngineConfig.onnxruntime.intra_op_num_threads": threads,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
+        "EngineConfig.onnxruntime.enable_cpu_mem_arena": False,  # keeps the largest picture's
     }
 
 
@@ -182,14 +227,59 @@ def _model(task: str) -> str:
     return str(files[0])
 
 
-def _padded(image: Image.Image) -> Any:
-    """Return BGR pixels with the edge carried on, to sides that the detector takes as they are."""
+def _padded(image: Image.Image) -> tuple[Any, int, int]:
+    """Return BGR pixels with the edge carried on, and by how much at the top and on the left.
+
+    Both sides become what the detector takes as it is.
+    """
     pixels = np.asarray(image)[:, :, ::-1]
     sides = []
     for length in pixels.shape[:2]:
         extra = -(-(length + 2 * MARGIN) // CELL) * CELL - length
         sides.append((extra // 2, extra - extra // 2))
-    return np.pad(pixels, (*sides, (0, 0)), mode="edge")
+    return np.pad(pixels, (*sides, (0, 0)), mode="edge"), sides[0][0], sides[1][0]
+
+
+def _on_grid(place: Region, height: int, width: int) -> Region:
+    """Return a region around `place` with sides that are multiples of `CELL`."""
+    rows = -(-(place.bottom - place.top) // CELL) * CELL
+    columns = -(-(place.right - place.left) // CELL) * CELL
+    top = max(0, min(place.top, height - rows))
+    left = max(0, min(place.left, width - columns))
+    return Region(top, left, top + rows, left + columns)
+
+
+def _followed(scores: Any, place: Region) -> Region:
+    """Return `place` with more room on each side that text comes near, within the picture."""
+    here = scores[place.top : place.bottom, place.left : place.right]
+    wider = place.grown(RUN, *scores.shape)
+    return Region(
+        wider.top if here[:NEAR_EDGE].max() > TEXT else place.top,
+        wider.left if here[:, :NEAR_EDGE].max() > TEXT else place.left,
+        wider.bottom if here[-NEAR_EDGE:].max() > TEXT else place.bottom,
+        wider.right if here[:, -NEAR_EDGE:].max() > TEXT else place.right,
+    )
+
+
+def _cells(hot: Any, top: int, left: int) -> Any:
+    """Return the centres of the hot cells as x, y in padded pixels."""
+    rows, columns = np.nonzero(hot)
+    return np.stack([columns * PRESENCE_CELL + left, rows * PRESENCE_CELL + top], 1) + (
+        PRESENCE_CELL / 2
+    )
+
+
+def _settled(place: Region, cells: Any, known: Sequence[tuple[Any, Line]]) -> bool:
+    """Return whether what was surely read in `place` accounts for its hot cells."""
+    x, y = cells[:, 0], cells[:, 1]
+    inside = (x >= place.left) & (x < place.right) & (y >= place.top) & (y < place.bottom)
+    open_cells = inside.copy()
+    for box, line in known:
+        if line.confidence >= SURE and len(line.text) > 1 and line.width >= line.height:
+            halo = max(PRESENCE_CELL, HALO * line.height)
+            low, high = box.min(axis=0) - halo, box.max(axis=0) + halo
+            open_cells &= ~((x >= low[0]) & (x <= high[0]) & (y >= low[1]) & (y <= high[1]))
+    return int(open_cells.sum()) <= OPEN * int(inside.sum())
 
 
 def _at(box: Any, known: Sequence[tuple[Any, Line]]) -> Line | None:
@@ -244,7 +334,7 @@ def _follow(place: Place, guide: Place) -> Place:
 
 
 def _test_picture() -> Image.Image:
-    image = Image.new("RGB", (320, 96), "white")
-    font = ImageFont.load_default(40)
-    ImageDraw.Draw(image).text((40, 20), TEST_WORD, font=font, fill="black")
+    image = Image.new("RGB", (192, 64), "white")
+    font = ImageFont.load_default(28)
+    ImageDraw.Draw(image).text((30, 14), TEST_WORD, font=font, fill="black")
     return image

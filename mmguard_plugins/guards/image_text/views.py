@@ -32,17 +32,21 @@ def views(image: Image.Image, max_pixels: int) -> Iterator[Image.Image]:
     Raises `UnreadableError` for a picture that has no colours to look at.
     """
     seen: list[Image.Image] = []
-    for colours in _colours(image):
-        if any(ImageChops.difference(colours, other).getbbox() is None for other in seen):
+    for shown in colours(image):
+        if any(ImageChops.difference(shown, other).getbbox() is None for other in seen):
             continue
-        seen.append(colours)
-        yield from _sizes(colours, max_pixels)
+        seen.append(shown)
+        yield from _sizes(shown, max_pixels)
     if _orientation(image) in MIRRORED:
-        for colours in seen:
-            yield from _sizes(ImageOps.mirror(colours), max_pixels)
+        for shown in seen:
+            yield from _sizes(ImageOps.mirror(shown), max_pixels)
 
 
-def _colours(image: Image.Image) -> Iterator[Image.Image]:
+def colours(image: Image.Image) -> Iterator[Image.Image]:
+    """Yield what the picture looks like with its transparency dropped and on each background.
+
+    Raises `UnreadableError` as `views` does. Some may be equal.
+    """
     frames = getattr(image, "n_frames", 1)
     if frames > 1:
         raise UnreadableError(f"a picture of {frames} frames cannot be read; send one frame")
