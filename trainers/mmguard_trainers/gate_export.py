@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -95,15 +96,17 @@ def _to_onnx(model: GateModel, path: Path) -> None:
         0: torch.export.Dim("texts", min=1, max=1024),
         1: torch.export.Dim("tokens", min=2, max=512),
     }
-    torch.onnx.export(
-        model,
-        (tokens["input_ids"], tokens["attention_mask"]),
-        path,
-        input_names=["input_ids", "attention_mask"],
-        output_names=["logits"],
-        dynamic_shapes={"input_ids": size, "attention_mask": size},
-        dynamo=True,
-        external_data=False,
-        opset_version=OPSET,
-        verbose=False,
-    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch warns about the exporter's own old calls
+        torch.onnx.export(
+            model,
+            (tokens["input_ids"], tokens["attention_mask"]),
+            path,
+            input_names=["input_ids", "attention_mask"],
+            output_names=["logits"],
+            dynamic_shapes={"input_ids": size, "attention_mask": size},
+            dynamo=True,
+            external_data=False,
+            opset_version=OPSET,
+            verbose=False,
+        )
