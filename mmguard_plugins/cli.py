@@ -227,6 +227,25 @@ def train_text_presence(
         _out.print_json(data={"weights": str(text_presence.train(config))})
 
 
+@train_app.command("text-detector")
+def train_text_detector(
+    output: Annotated[
+        Path | None, typer.Option(help="Weights folder; default the one this package ships.")
+    ] = None,
+) -> None:
+    """Make the 8-bit text detector out of rapidocr's."""
+    with _clear_errors():
+        try:
+            from mmguard_plugins.guards.image_text.detector import SHIPPED
+            from mmguard_trainers import text_detector
+        except ImportError as error:
+            raise MMGuardError(
+                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
+            ) from error
+        config = text_detector.TextDetectorConfig(output=output or SHIPPED)
+        _out.print_json(data={"weights": str(text_detector.train(config))})
+
+
 def _check_line(engine: Engine, line: str, number: int) -> dict[str, Any]:
     """Judge one line; a line that cannot be read counts as blocked at the input."""
     try:

@@ -21,11 +21,8 @@ guards:
 
 def test_the_example_loads() -> None:
     config = load_config(EXAMPLE)
-    assert [entry.label for entry in config.guards] == [
-        "forbidden_requests",
-        "secrets",
-        "image_text",
-    ]
+    labels = [entry.label for entry in config.guards]
+    assert labels == ["gate", "forbidden_requests", "secrets"]
 
 
 def test_the_readmes_config_loads() -> None:

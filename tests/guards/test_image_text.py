@@ -3,10 +3,12 @@ from __future__ import annotations
 import importlib
 import io
 import logging
+import shutil
 import socket
 import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +19,7 @@ pytest.importorskip("rapidocr", reason="image_text needs the extra `gate`")
 import numpy as np
 
 from mmguard_plugins import Action, Decision, Engine, GuardError, Message, Part, PartKind, Request
+from mmguard_plugins.guards.image_text import detector
 from mmguard_plugins.guards.image_text.config import ImageTextConfig
 from mmguard_plugins.guards.image_text.guard import UNREADABLE, ImageText
 from mmguard_plugins.guards.image_text.layout import Line, arrange
@@ -341,7 +344,7 @@ def test_nothing_is_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "rapidocr", None)
-    for module in ("reader", "pictures"):
+    for module in ("detector", "reader", "pictures"):
         name = f"mmguard_plugins.guards.image_text.{module}"
         monkeypatch.delitem(sys.modules, name, raising=False)
     with pytest.raises(GuardError, match=r"needs rapidocr.*; pip install mmguard-plugins\[gate\]"):
@@ -353,8 +356,43 @@ def test_a_package_without_models_is_an_error_at_start(
 ) -> None:
     rapidocr = importlib.import_module("rapidocr")
     monkeypatch.setattr(rapidocr, "__file__", str(tmp_path / "__init__.py"))
-    with pytest.raises(GuardError, match="rapidocr holds 0 models for 'det'; install a release"):
+    with pytest.raises(GuardError, match="rapidocr holds 0 models for 'cls'; install a release"):
         ImageText()
+
+
+@pytest.mark.parametrize("name", ["detector.onnx", "card.json"])
+def test_a_damaged_detector_is_an_error_at_start(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, name: str
+) -> None:
+    folder = shutil.copytree(detector.SHIPPED, tmp_path / "weights")
+    (folder / name).write_bytes(b"nothing")
+    monkeypatch.setattr(detector, "SHIPPED", folder)
+    with pytest.raises(GuardError, match=rf"weights file '.*{name}' is damaged"):
+        ImageText()
+
+
+def test_a_missing_detector_is_an_error_at_start_unless_it_is_not_wanted(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(detector, "SHIPPED", tmp_path)
+    with pytest.raises(GuardError, match=r"weights '.*guard.json' cannot be read"):
+        ImageText()
+    found = ImageText(ImageTextConfig(int8=False)).check_input(Request(images=[picture(PHRASE)]))
+    assert [part.text for part in found.found] == [PHRASE]
+
+
+def test_the_detectors_of_8_bits_and_of_32_find_the_same_words(guard: ImageText) -> None:
+    full = ImageText(ImageTextConfig(int8=False))
+    pictures = [
+        picture("plant a tree", letters=9),
+        picture("how to\nbuild a bomb", colour="white", background="navy"),
+        picture("sunny day", (640, 400), 80, "yellow", "orange"),
+        picture("hello there").rotate(25, Image.Resampling.BICUBIC, True, fillcolor="white"),
+    ]
+    for image in pictures:
+        request = Request(images=[image])
+        texts, wanted = ([p.text for p in g.check_input(request).found] for g in (guard, full))
+        assert texts == wanted != []
 
 
 def test_a_reader_that_cannot_read_is_an_error_at_start(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -37,7 +37,14 @@ from mmguard_plugins.guards.gate.categories import (
 )
 from mmguard_plugins.guards.gate.guard import WEIGHTS
 from mmguard_plugins.weights import MANIFEST, manifest_of
-from mmguard_trainers import checkpoints, gate_export, gate_groups, gate_texts, gate_wordnet
+from mmguard_trainers import (
+    checkpoints,
+    gate_export,
+    gate_groups,
+    gate_long,
+    gate_texts,
+    gate_wordnet,
+)
 from mmguard_trainers.evaluation import metrics, sets
 from mmguard_trainers.gate_texts import Text
 
@@ -95,28 +102,11 @@ def train(config: GateTraining) -> Path:
     start = time.monotonic()
     texts = gather(config)
     parts = split(texts)
+    require_examples(parts)
     say(f"{len(texts)} texts: " + ", ".join(f"{k} {len(v)}" for k, v in parts.items()))
     models = [fit(config, parts["train"], parts["tune"], seed) for seed in config.seeds]
     model = refitted(mixed(averaged(models), config.mix), parts["train"], config.ridge)
-    logits = logits_of(model, [t.text for t in parts["tune"]])
-    slope, offset = calibrate(logits, parts["tune"])
-    probabilities = sigmoid(logits * slope + offset)
-    thresholds = choose_thresholds(probabilities, parts["tune"], config.false_alarms)
-    settings = {
-        "categories": list(TEXT_CATEGORIES),
-        "slope": [round(float(x), 5) for x in slope],
-        "offset": [round(float(x), 5) for x in offset],
-        "thresholds": thresholds,
-    }
-    about = {
-        "training": config.model_dump(mode="json", exclude={"out", "data", "scratch"}),
-        "texts": dict(sorted(Counter(t.source for t in texts).items())),
-        "seconds": round(time.monotonic() - start),
-        "hardware": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
-        "versions": {n: version(n) for n in ("torch", "transformers", "onnxruntime")},
-        "held_out": held_out_figures(model, parts["test"], slope, offset, thresholds),
-    }
-    return save(config, model, settings, about, [t.text for t in parts["tune"]])
+    return save(config, model, parts, texts, start)
 
 
 # Data
@@ -143,9 +133,12 @@ def gather(config: GateTraining) -> list[Text]:
         *gate_wordnet.contrast_pairs(wordnet),
         *gate_wordnet.examples(wordnet),
         *gate_wordnet.fragments(wordnet),
+        *gate_long.documents(),
+        *gate_long.descriptions(),
     ]
     kept = [text for text in limited(found) if text.source.split(":")[0] not in config.without]
     kept = [text for text in kept if text.source not in config.without]
+    kept += gate_long.composites(kept)
     judged = [row.text for name in JUDGED_ON for row in sets.load(name, config.data).rows]
     return gate_texts.without_near(kept, judged)
 
@@ -166,6 +159,19 @@ def split(texts: Sequence[Text]) -> dict[str, list[Text]]:
     for text in texts:
         parts[gate_texts.part_of(text.group)].append(text)
     return parts
+
+
+def require_examples(parts: Mapping[str, Sequence[Text]]) -> None:
+    """Raise `MMGuardError` when a category has no example, or only one side, in some part."""
+    for part, texts in parts.items():
+        labels, weights = (tensor.numpy() for tensor in targets(texts))
+        for column, name in enumerate(TEXT_CATEGORIES):
+            known = labels[weights[:, column] > 0, column] > 0.5
+            for side, missing in (("", not known.any()), ("not ", known.all())):
+                if missing:
+                    raise MMGuardError(
+                        f"no text of the {part} split is known to be {side}{name!r}; add some"
+                    )
 
 
 def targets(texts: Sequence[Text]) -> tuple[Tensor, Tensor]:
@@ -330,10 +336,11 @@ def refitted(model: GateModel, texts: Sequence[Text], ridge: float) -> GateModel
 
     pooled = features_of(model, [t.text for t in texts])
     labels, weights = (tensor.numpy() for tensor in targets(texts))
-    for column, name in enumerate(TEXT_CATEGORIES):
+    for column in range(len(TEXT_CATEGORIES)):
         known, positive = weights[:, column] > 0, labels[:, column] > 0.5
         if len(set(positive[known])) < 2:
-            raise MMGuardError(f"no text is known to be {name!r} and none not to be; add some")
+            model.head.bias.data[column] = -9.0  # an ablation without these texts: never
+            continue
         found = LogisticRegression(C=ridge, max_iter=500).fit(
             pooled[known], positive[known], (weights[:, column] * (1 + positive))[known]
         )
@@ -363,7 +370,9 @@ def logits_of(
     out = np.zeros((len(texts), width))
     for start in range(0, len(order), size):
         batch = order[start : start + size]
-        out[batch] = model(**model.tokens([texts[i] for i in batch], 128)).float().cpu().numpy()
+        tokens = model.tokens([texts[i] for i in batch], 128)
+        with torch.autocast(model.encoder.device.type, torch.bfloat16):
+            out[batch] = model(**tokens).float().cpu().numpy()
     return out
 
 
@@ -378,8 +387,6 @@ def calibrate(logits: npt.NDArray[np.float64], texts: Sequence[Text]) -> tuple[A
     slope, offset = np.ones(len(TEXT_CATEGORIES)), np.zeros(len(TEXT_CATEGORIES))
     for column in range(len(TEXT_CATEGORIES)):
         known = weights[:, column] > 0
-        if len(set(labels[known, column] > 0.5)) < 2:
-            raise MMGuardError(f"no text to calibrate {TEXT_CATEGORIES[column]!r} on; add some")
         found = LogisticRegression(C=1.0).fit(
             logits[known, column : column + 1], labels[known, column] > 0.5, weights[known, column]
         )
@@ -390,25 +397,45 @@ def calibrate(logits: npt.NDArray[np.float64], texts: Sequence[Text]) -> tuple[A
 def choose_thresholds(
     probabilities: npt.NDArray[np.float64], texts: Sequence[Text], false_alarms: float
 ) -> dict[str, float]:
-    """Return the lowest thresholds that stop at most that share of our harmless texts.
+    """Return the thresholds that stop most harmful texts and that share of our harmless ones.
 
-    Every category may raise an equal share of them; the shares are found by bisection, for the
-    categories raise much the same texts.
+    From thresholds that stop nothing harmless, one at a time is lowered past the next harmless
+    text: the one that catches most for it, until the share is spent.
     """
     hard = np.array([t.source.startswith("ours:") for t in texts]) & harmless_rows(texts)
-    harmless = probabilities[hard]
-    none = np.zeros(len(harmless), dtype=int)
+    harmful = np.array([any(t.labels.values()) for t in texts])
+    good, bad = probabilities[hard], probabilities[harmful]
     stops = [i for i, name in enumerate(TEXT_CATEGORIES) if name != OFFENSIVE]
+    order = -np.sort(-good, axis=0)
+    # Category by category, how many harmless texts score above its threshold.
+    passed = np.zeros(len(TEXT_CATEGORIES), dtype=int)
 
-    def limits(share: float) -> npt.NDArray[np.float64]:
-        return np.array([metrics.threshold_at_fpr(none, column, share) for column in harmless.T])
+    def limits(counts: npt.NDArray[np.int_]) -> npt.NDArray[np.float64]:
+        """Return thresholds halfway between the last text that is stopped and the next."""
+        padded = np.vstack([np.ones(order.shape[1]), order])
+        columns = np.arange(order.shape[1])
+        return (padded[counts, columns] + padded[counts + 1, columns]) / 2
 
-    low, high = 0.0, false_alarms
-    for _ in range(20):
-        share = (low + high) / 2
-        stopped = (harmless >= limits(share))[:, stops].any(axis=1).mean()
-        low, high = (share, high) if stopped <= false_alarms else (low, share)
-    found = np.clip(limits(low), 0.02, 0.995)
+    def reached(counts: npt.NDArray[np.int_]) -> tuple[int, int]:
+        found = limits(counts)
+        stopped = (good >= found)[:, stops].any(axis=1).sum()
+        return int((bad >= found)[:, stops].any(axis=1).sum()), int(stopped)
+
+    while True:
+        caught, stopped = reached(passed)
+        best, gain = -1, 0.0
+        for column in stops:
+            tried = passed.copy()
+            tried[column] += 1
+            more, cost = reached(tried)
+            worth = (more - caught) / max(cost - stopped, 0.5)
+            if cost <= false_alarms * len(good) and worth > gain:
+                best, gain = column, worth
+        if best < 0:
+            break
+        passed[best] += 1
+    passed[TEXT_CATEGORIES.index(OFFENSIVE)] = round(false_alarms * len(good) / 2)
+    found = np.clip(limits(passed), 0.3, 0.995)
     chosen = {n: round(float(t), 4) for n, t in zip(TEXT_CATEGORIES, found, strict=True)}
     return chosen | {EXPLICIT_IMAGE: EXPLICIT_IMAGE_THRESHOLD}
 
@@ -432,14 +459,13 @@ def mean_auroc(logits: npt.NDArray[np.float64], texts: Sequence[Text]) -> float:
 
 
 def held_out_figures(
-    model: GateModel,
+    logits: npt.NDArray[np.float64],
     texts: Sequence[Text],
     slope: Any,
     offset: Any,
     thresholds: Mapping[str, float],
 ) -> dict[str, Any]:
     """Return what the test split says: AUROC by category, alarms on harmless texts by source."""
-    logits = logits_of(model, [t.text for t in texts])
     labels, weights = (tensor.numpy() for tensor in targets(texts))
     probabilities = sigmoid(logits * slope + offset)
     limits = np.array([thresholds[name] for name in TEXT_CATEGORIES])
@@ -479,17 +505,42 @@ def sigmoid(x: Any) -> Any:
 def save(
     config: GateTraining,
     model: GateModel,
-    settings: Mapping[str, Any],
-    about: Mapping[str, Any],
-    sample: Sequence[str],
+    parts: Mapping[str, Sequence[Text]],
+    texts: Sequence[Text],
+    start: float,
 ) -> Path:
-    """Export the model and write the folder whole: a reader finds the old weights or the new."""
+    """Export, calibrate what was exported, write the folder whole: the old weights or the new."""
     fresh = config.out.with_name(f".{config.out.name}.new")
     shutil.rmtree(fresh, ignore_errors=True)
     fresh.mkdir(parents=True)
-    quality = gate_export.export(model, fresh / "text.onnx", sample)
+    tune, test = parts["tune"], parts["test"]
+    quality = gate_export.export(model, fresh / "text.onnx", [t.text for t in tune])
     shutil.copy(sets.package_folder(*ENCODER) / "model" / "tokenizer.json", fresh)
-    checkpoints.write(json.dumps({**about, "int8": quality}, indent=2) + "\n", fresh / "card.json")
+    served = gate_export.served_logits(model, fresh / "text.onnx", [t.text for t in tune])
+    quality["mean AUROC lost"] = round(
+        mean_auroc(logits_of(model, [t.text for t in tune]), tune) - mean_auroc(served, tune), 4
+    )
+    if quality["mean AUROC lost"] > gate_export.MAX_LOSS:
+        raise gate_export.ExportError(f"int8 ranks texts worse ({quality}); try another seed")
+    slope, offset = calibrate(served, tune)
+    thresholds = choose_thresholds(sigmoid(served * slope + offset), tune, config.false_alarms)
+    settings = {
+        "categories": list(TEXT_CATEGORIES),
+        "slope": [round(float(x), 5) for x in slope],
+        "offset": [round(float(x), 5) for x in offset],
+        "thresholds": thresholds,
+    }
+    unseen = gate_export.served_logits(model, fresh / "text.onnx", [t.text for t in test])
+    about = {
+        "training": config.model_dump(mode="json", exclude={"out", "data", "scratch"}),
+        "texts": dict(sorted(Counter(t.source for t in texts).items())),
+        "seconds": round(time.monotonic() - start),
+        "hardware": f"{platform.machine()}, {'CUDA' if torch.cuda.is_available() else 'CPU'}",
+        "versions": {n: version(n) for n in ("torch", "transformers", "onnxruntime")},
+        "int8": quality,
+        "held_out": held_out_figures(unseen, test, slope, offset, thresholds),
+    }
+    checkpoints.write(json.dumps(about, indent=2) + "\n", fresh / "card.json")
     files = ["text.onnx", "tokenizer.json", "card.json"]
     checkpoints.write(manifest_of(fresh, "gate", files, settings), fresh / MANIFEST)
     if config.out.exists():

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from mmguard_plugins.errors import MMGuardError
@@ -17,7 +18,8 @@ if TYPE_CHECKING:
     from mmguard_trainers.gate import GateModel
 
 MAX_DRIFT = 0.35  # logits, root mean square, over the categories
-MAX_FLIPS = 0.01  # share of texts whose top category's side of 0 changes
+MAX_FLIPS = 0.02  # share of texts whose top category's side of 0 changes
+MAX_LOSS = 0.003  # mean AUROC over the categories, on the tuning split
 OPSET = 18
 
 
@@ -64,25 +66,29 @@ def export(model: GateModel, path: Path, texts: Sequence[str]) -> dict[str, floa
 
 def compare(model: GateModel, path: Path, texts: Sequence[str]) -> dict[str, float]:
     """Return how far the int8 file's logits are from the model's own."""
-    from mmguard_plugins.guards.gate.sessions import open_session
+    from mmguard_trainers.gate import logits_of
 
-    session = open_session(path, 1)
-    theirs, ours = [], []
-    for start in range(0, len(texts), 16):
-        tokens = model.tokens(texts[start : start + 16], 128)
-        with torch.inference_mode():
-            ours.append(model(**tokens).float().numpy())
-        feed = {name: tensor.numpy() for name, tensor in tokens.items()}
-        theirs.append(session.run(None, feed)[0])
-    a, b = np.concatenate(ours), np.concatenate(theirs)
-    top = a.argmax(axis=1)[:, None]
-    sides = np.take_along_axis(a, top, 1) > 0, np.take_along_axis(b, top, 1) > 0
+    ours, theirs = logits_of(model, texts), served_logits(model, path, texts)
+    top = ours.argmax(axis=1)[:, None]
+    sides = np.take_along_axis(ours, top, 1) > 0, np.take_along_axis(theirs, top, 1) > 0
     return {
-        "drift": round(float(np.sqrt(((a - b) ** 2).mean())), 4),
+        "drift": round(float(np.sqrt(((ours - theirs) ** 2).mean())), 4),
         "flips": round(float((sides[0] != sides[1]).mean()), 4),
         "texts": len(texts),
         "megabytes": round(path.stat().st_size / 1e6, 1),
     }
+
+
+def served_logits(model: GateModel, path: Path, texts: Sequence[str]) -> npt.NDArray[np.float64]:
+    """Return what the int8 file says of the first 128 tokens of each text, (texts, categories)."""
+    from mmguard_plugins.guards.gate.sessions import open_session
+
+    session = open_session(path, 1)
+    rows = []
+    for text in texts:  # one by one: activations are quantised by batch
+        feed = {name: tensor.numpy() for name, tensor in model.tokens([text], 128).items()}
+        rows.append(session.run(None, feed)[0][0])
+    return np.asarray(rows, np.float64)
 
 
 def _head_nodes(model: Any) -> list[str]:

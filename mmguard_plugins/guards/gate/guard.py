@@ -65,12 +65,12 @@ class Gate(Guard):
             found = tuple(self._found(request))
             texts = list(dict.fromkeys(_texts(request, found)))
             scores = self._of_texts(texts)
+            if self._picture is not None:
+                scores[EXPLICIT_IMAGE] = self._of_pictures(request, self._picture)
         except UnreadableError as error:
             return self._refused(UNREADABLE, str(error))
         except TooLongError as error:
             return self._refused(TOO_LONG, f"{error}; raise max_windows to read it")
-        if self._picture is not None:
-            scores[EXPLICIT_IMAGE] = self._of_pictures(request)
         return self._verdict(scores, found=found)
 
     @hookimpl
@@ -107,17 +107,10 @@ class Gate(Guard):
         highest = self._text.score(texts, self.config.max_windows).max(axis=0)
         return dict(zip(TEXT_CATEGORIES, map(float, highest), strict=True))
 
-    def _of_pictures(self, request: Request) -> float:
+    def _of_pictures(self, request: Request, scorer: PictureScorer) -> float:
         """Return the highest score over every way a picture may be shown."""
-        assert self._picture is not None  # noqa: S101 - for the type checker
-        return max(
-            (
-                self._picture.score(view)
-                for part in _pictures(request)
-                for view in colours(part.data)
-            ),
-            default=0.0,
-        )
+        views = (view for part in _pictures(request) for view in colours(part.data))
+        return max(map(scorer.score, views), default=0.0)
 
     def _verdict(
         self,
@@ -125,8 +118,8 @@ class Gate(Guard):
         found: tuple[Part, ...] = (),
         hold_from: int | None = None,
     ) -> Verdict:
-        raised = {n: p for n, p in scores.items() if p >= self._thresholds[n] and p > 0}
-        raised = {n: p for n, p in raised.items() if self._thresholds[n] < 1}
+        limits = self._thresholds
+        raised = {name: p for name, p in scores.items() if p >= limits[name] < 1}
         stopping = [name for name in raised if name not in self.config.only_flag]
         action = Action.BLOCK if stopping else Action.FLAG if raised else Action.ALLOW
         listed = sorted(raised.items(), key=lambda item: -item[1])

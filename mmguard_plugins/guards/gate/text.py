@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 Scores = npt.NDArray[np.float32]
 
 WINDOW, OVERLAP = 128, 32  # tokens; the model was trained on at most WINDOW
+PART = 62  # tokens of the shorter windows that a longer text is read in as well
 BATCH = 16
 CACHED = 4096  # texts: earlier turns of a conversation come back with every request
 
@@ -33,8 +34,9 @@ class TextScorer:
     """Scores texts by category. One scorer serves every thread.
 
     A text is scored as it stands and as it reads once disguises are undone (`plain.readings`); a
-    long one in overlapping windows, all of them. Its score is the highest of these, category by
-    category. Scores of texts seen before come from a cache that keeps hashes, not texts.
+    long one in overlapping windows, all of them, longer and shorter ones. Its score is the highest
+    of these, category by category. Scores of texts seen before come from a cache that keeps hashes,
+    not texts.
     """
 
     def __init__(self, weights: Weights, categories: Sequence[str], threads: int = 1) -> None:
@@ -104,6 +106,9 @@ class TextScorer:
             yield tuple(encoding.ids)
             for rest in encoding.overflowing:
                 yield tuple(rest.ids)
+            if encoding.overflowing:
+                for window in (encoding, *encoding.overflowing):
+                    yield from _parts(tuple(window.ids))
 
     def _forward(self, windows: Sequence[tuple[int, ...]]) -> list[Scores]:
         """Return the probabilities of each window, those of like length in one batch."""
@@ -128,6 +133,13 @@ class TextScorer:
             self._cache.update(found)
             while len(self._cache) > CACHED:
                 self._cache.popitem(last=False)
+
+
+def _parts(window: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """Yield a window's parts: in a whole one, much harmless text may outweigh one bad sentence."""
+    first, *tokens, last = window
+    for start in range(0, max(1, len(tokens) - PART // 4), PART - PART // 4):
+        yield (first, *tokens[start : start + PART], last)
 
 
 def _key(text: str) -> bytes:

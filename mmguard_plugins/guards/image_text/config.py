@@ -54,6 +54,11 @@ class ImageTextConfig(StrictModel):
         description="A view of a picture in which that net is less sure of text is not read. Lower"
         " loses fewer words and reads more pictures that have none.",
     )
+    int8: bool = Field(
+        default=True,
+        description="Find text with the shipped 8-bit detector, in less than half the time that"
+        " rapidocr's own takes, which is float32 and is used otherwise.",
+    )
     threads: int = Field(
         default=1, ge=1, le=64, description="Threads that one reading may use; at most all cores."
     )

@@ -26,7 +26,11 @@ class ImageText(Guard):
     into colours. Nothing is fetched: the recognition models come with the `rapidocr` package.
 
     A small net first says where text may stand (`presence`): only there is read, and a view in
-    which it sees none is not read at all, which the verdict's reason says.
+    which it sees none is not read at all, which the verdict's reason says. It missed none of 200
+    phrases drawn on flat colours and photos, from 9 pixels up, at any angle. It is no judge of
+    photos: it passed over 3 of 10 without text and 5 of 100 from VQAv2. Then a detector in 8 bits
+    (`int8`) finds the lines: with it 181 of those 200 phrases were read whole, 180 with the float32
+    one.
 
     Reading is not certain: text can be drawn that a model reads and this does not. Never read are
     scripts other than Latin, Greek, Chinese and Japanese, letters smaller than about six pixels

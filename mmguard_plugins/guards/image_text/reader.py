@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from mmguard_plugins.errors import GuardError
 from mmguard_plugins.guards.image_text.config import ImageTextConfig
+from mmguard_plugins.guards.image_text.detector import open_detector, rapidocr_model
 from mmguard_plugins.guards.image_text.layout import Line, arrange
 from mmguard_plugins.guards.image_text.presence import CELL as PRESENCE_CELL
 from mmguard_plugins.guards.image_text.presence import Heat
@@ -88,7 +89,10 @@ class Reader:
         self._min_confidence = options.min_confidence
         self._turned = options.turned
         self._ocr: Any = rapidocr.RapidOCR(
-            params=_parameters(min(options.threads, os.cpu_count() or 1))
+            params=_parameters(
+                open_detector() if options.int8 else rapidocr_model("det"),
+                min(options.threads, os.cpu_count() or 1),
+            )
         )
         picture = _test_picture()
         self._ocr(np.asarray(picture))  # loads what is loaded at the first use
@@ -182,8 +186,7 @@ class Reader:
 
     def _score(self, pixels: Any) -> Any:
         """Return how likely each pixel is text."""
-        scaled = (pixels.astype(np.float32) / 255 - 0.5) / 0.5
-        return self._ocr.text_det.session(scaled.transpose(2, 0, 1)[None])[0, 0]
+        return self._ocr.text_det.session(scaled(pixels))[0, 0]
 
     def _recognize(self, crops: Sequence[Any]) -> list[tuple[str, float, bool]]:
         """Return text, confidence and whether it was read the other way up, for each piece."""
@@ -198,7 +201,12 @@ class Reader:
         return read
 
 
-def _parameters(threads: int) -> dict[str, Any]:
+def scaled(pixels: Any) -> Any:
+    """Return BGR pixels, rows first, as the batch of one that the detector takes."""
+    return ((pixels.astype(np.float32) / 255 - 0.5) / 0.5).transpose(2, 0, 1)[None]
+
+
+def _parameters(detector: Path, threads: int) -> dict[str, Any]:
     """Return settings that leave sizes to us and name each model file, so that none is fetched."""
     return {
         "Global.log_level": "critical",
@@ -206,25 +214,14 @@ def _parameters(threads: int) -> dict[str, Any]:
         "Det.limit_side_len": CELL,  # concerns the test picture only: ours are never scaled
         "Det.box_thresh": 0.3,  # by default 0.5; a missed word costs more here than a found shadow
         "Det.max_candidates": 100_000,  # by default those after the first thousand go unread
-        "Det.model_path": _model("det"),
-        "Cls.model_path": _model("cls"),
+        "Det.model_path": str(detector),
+        "Cls.model_path": str(rapidocr_model("cls")),
         "Cls.cls_thresh": TURNED,
-        "Rec.model_path": _model("rec"),
+        "Rec.model_path": str(rapidocr_model("rec")),
         "EngineConfig.onnxruntime.intra_op_num_threads": threads,
         "EngineConfig.onnxruntime.inter_op_num_threads": 1,
         "EngineConfig.onnxruntime.enable_cpu_mem_arena": False,  # keeps the largest picture's
     }
-
-
-def _model(task: str) -> str:
-    """Return the one model for `task` in the package."""
-    folder = Path(rapidocr.__file__).parent / "models"
-    files = sorted(folder.glob(f"*_{task}_*.onnx"))
-    if len(files) != 1:
-        raise GuardError(
-            f"rapidocr holds {len(files)} models for {task!r}; install a release that carries one"
-        )
-    return str(files[0])
 
 
 def _padded(image: Image.Image) -> tuple[Any, int, int]:
