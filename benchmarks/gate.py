@@ -1,8 +1,8 @@
 """What the gate costs: `python benchmarks/gate.py [--json FILE]`, on one core.
 
 Every figure is a ratio to bare model forwards measured in the same process, taking turns with ours:
-the same texts through the gate's own ONNX file (and, for comparison, through all-MiniLM-L6-v2
-exported in float32), the same pictures through open_nsfw's. Texts differ from run to run of the
+the same texts through the gate's own ONNX file, the same pictures through open_nsfw's and through
+the net that looks for text. Texts differ from run to run of the
 loop, so that nothing comes from the gate's cache. Needs the extras `gate` and `demo`.
 """
 
@@ -30,6 +30,7 @@ from mmguard_plugins import Engine, Request
 from mmguard_plugins.guards.gate.guard import WEIGHTS
 from mmguard_plugins.guards.gate.picture import PictureScorer
 from mmguard_plugins.guards.gate.sessions import open_session
+from mmguard_plugins.guards.image_text.presence import TextPresence
 
 REPEATS = 60
 WORDS = 100
@@ -61,9 +62,11 @@ def text(rng: random.Random, words: int = WORDS) -> str:
     return " ".join(out[:words])
 
 
-def photo() -> Image.Image:
-    """Return a photo of 512 px without text."""
-    return Image.fromarray(skimage.data.astronaut()[:, :SIDE]).crop((0, 0, SIDE, SIDE))
+def photo(name: str = "chelsea") -> Image.Image:
+    """Return a photo of 512 px out of scikit-image: the cat has no text on it."""
+    image = Image.fromarray(getattr(skimage.data, name)())
+    side = min(image.size)
+    return image.crop((0, 0, side, side)).resize((SIDE, SIDE))
 
 
 def poster() -> Image.Image:
@@ -133,12 +136,14 @@ def pictures_ms() -> dict[str, float]:
     tokenizer = Tokenizer.from_file(str(WEIGHTS / "tokenizer.json"))
     tokenizer.no_padding()
     forward = bare(open_session(WEIGHTS / "text.onnx", 1), tokenizer)
-    scorer, plain, worded = PictureScorer(), photo(), poster()
+    scorer, presence = PictureScorer(), TextPresence()
+    plain, doubtful, worded = photo(), photo("astronaut"), poster()
     gate, unread = engine(), engine(read_images=False)
 
     def both() -> None:
         forward(text(rng))
         scorer.score(plain)
+        presence.score(plain)
 
     out = turns(
         {
@@ -148,6 +153,9 @@ def pictures_ms() -> dict[str, float]:
             ),
             "text + 512-px picture without text, ms": lambda: gate.check_input(
                 Request(text(rng), images=[plain])
+            ),
+            "text + 512-px photo that looks like text in places, ms": lambda: gate.check_input(
+                Request(text(rng), images=[doubtful])
             ),
             "text + 512-px picture with text (OCR), ms": lambda: gate.check_input(
                 Request(text(rng), images=[worded])
