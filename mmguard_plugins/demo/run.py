@@ -23,7 +23,7 @@ from mmguard_plugins.demo.cases import Case, all_cases
 from mmguard_plugins.demo.page import write_page
 from mmguard_plugins.engine import Engine
 from mmguard_plugins.errors import MMGuardError
-from mmguard_plugins.types import Action, Decision
+from mmguard_plugins.types import Action, Decision, Verdict
 
 POLICY = Path(__file__).parent / "mmguard.yaml"
 STREAM_TIMEOUT_S = 300
@@ -68,10 +68,17 @@ class Outcome:
         if not self.decision.blocked:
             return "every guard looked and none objected"
         blocking = [r.verdict for r in self.decision.rulings if r.action is Action.BLOCK]
-        reasons = [f"{v.guard}: {v.reason} ({', '.join(v.categories)})" for v in blocking]
+        reasons = [f"{v.guard}: {v.reason}{_also(v)}" for v in blocking]
         if len(self.sent) > 1:
             reasons.append(f"sent before the cut: {''.join(self.sent[:-1])!r}")
         return "; ".join(reasons) or self.decision.reason
+
+
+def _also(verdict: Verdict) -> str:
+    """Return the categories in brackets, unless the guard's reason names them itself."""
+    names = ", ".join(verdict.categories)
+    named = all(name in verdict.reason for name in verdict.categories)
+    return "" if named else f" ({names})"
 
 
 def run_demo(model: str | None, html: Path, config: str | None, console: Console) -> bool:
