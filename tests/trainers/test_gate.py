@@ -43,7 +43,7 @@ def sentences(verbs: tuple[str, ...]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def texts() -> list[Text]:
-    harm = dict.fromkeys(TEXT_CATEGORIES, 1.0)  # one sort of harm stands for all
+    harm: dict[str, float] = dict.fromkeys(TEXT_CATEGORIES, 1.0)  # one sort of harm stands for all
     bad = [Text(s, harm, "ours:bad", s) for s in sentences(BAD)]
     good = [Text(s, NOTHING, "ours:good", s) for s in sentences(MILD)]
     return [*bad, *good]
@@ -117,7 +117,7 @@ def test_an_export_that_drifts_leaves_the_old_weights(
 def test_a_category_without_texts_is_one_clear_error(
     config: gate.GateTraining, texts: list[Text], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = {name: 1.0 for name in TEXT_CATEGORIES if name != INJECTION}
+    known: dict[str, float] = {name: 1.0 for name in TEXT_CATEGORIES if name != INJECTION}
     without = [Text(t.text, known if any(t.labels.values()) else NOTHING, t.source, t.group)
                for t in texts]  # fmt: skip
     monkeypatch.setattr(gate, "gather", lambda _: without)

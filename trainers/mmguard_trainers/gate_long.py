@@ -45,8 +45,9 @@ def descriptions(seed: int = 0, number: int = 3000) -> Iterator[Text]:
     """
     found: list[Text] = []
     for package in sorted(distributions(), key=lambda d: d.metadata["Name"] or ""):
-        name, body = package.metadata["Name"], package.metadata.get_payload()
-        if name and isinstance(body, str) and name.lower() not in _ABOUT_ATTACKS:
+        name, body = package.metadata["Name"], package.read_text("METADATA") or ""
+        body = body.partition("\n\n")[2]  # behind the headers
+        if name and name.lower() not in _ABOUT_ATTACKS:
             found += _pieces(body[:12_000], f"package {name}", "package-descriptions")
     random.Random(seed).shuffle(found)
     yield from found[:number]
