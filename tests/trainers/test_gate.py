@@ -99,6 +99,9 @@ def test_training_writes_weights_that_the_gate_opens_and_that_tell_apart(
     assert card["texts"] == {"ours:bad": 192, "ours:good": 192}
     assert card["held_out"]["auroc"][HARMFUL] > 0.9
     assert card["int8"]["megabytes"] > 0
+    assert (
+        b"mmguard_trainers" not in (folder / "text.onnx").read_bytes()
+    )  # no paths of this machine
 
 
 @pytest.mark.usefixtures("small")

@@ -47,6 +47,7 @@ def export(model: GateModel, path: Path, texts: Sequence[str]) -> dict[str, floa
         )
         # The exporter's shapes do not survive the fusion, and the quantiser believes them.
         del optimized.model.graph.value_info[:]
+        _forget_sources(optimized.model)
         onnx.save(optimized.model, fused)
         quantize_dynamic(
             fused,
@@ -89,6 +90,14 @@ def served_logits(model: GateModel, path: Path, texts: Sequence[str]) -> npt.NDA
         feed = {name: tensor.numpy() for name, tensor in model.tokens([text], 128).items()}
         rows.append(session.run(None, feed)[0][0])
     return np.asarray(rows, np.float64)
+
+
+def _forget_sources(model: Any) -> None:
+    """Drop what the exporter notes of each node: lines and paths of the machine it ran on."""
+    for node in model.graph.node:
+        del node.metadata_props[:]
+        node.doc_string = ""
+    del model.metadata_props[:], model.graph.metadata_props[:]
 
 
 def _head_nodes(model: Any) -> list[str]:
