@@ -208,6 +208,13 @@ def test_odd_pictures_are_scored(engine: Engine, image: Image.Image) -> None:
     assert EXPLICIT_IMAGE in scores(decision)
 
 
+def test_a_picture_that_no_model_looks_at_is_not_passed_as_inspected(words_only: Engine) -> None:
+    decision = words_only.check_input(Request(GOOD, images=[Image.new("RGB", (9, 9))]))
+    assert decision.blocked
+    assert decision.coverage.uninspected
+    assert not words_only.check_input(Request(GOOD)).blocked
+
+
 def test_a_picture_that_cannot_be_shown_plainly_is_blocked() -> None:
     class Odd:
         mode, size, n_frames = "RGB", (8, 8), 3

@@ -71,7 +71,9 @@ class Gate(Guard):
             return self._refused(UNREADABLE, str(error))
         except TooLongError as error:
             return self._refused(TOO_LONG, f"{error}; raise max_windows to read it")
-        return self._verdict(scores, found=found)
+        blind = self._picture is None and self._reader is None
+        seen = tuple(p.source for p in request.parts if p.kind is PartKind.TEXT) if blind else None
+        return self._verdict(scores, found=found, inspected=seen)
 
     @hookimpl
     def check_output(self, response: Response) -> Verdict:
@@ -117,6 +119,7 @@ class Gate(Guard):
         scores: Mapping[str, float],
         found: tuple[Part, ...] = (),
         hold_from: int | None = None,
+        inspected: tuple[str, ...] | None = None,
     ) -> Verdict:
         limits = self._thresholds
         raised = {name: p for name, p in scores.items() if p >= limits[name] < 1}
@@ -130,6 +133,7 @@ class Gate(Guard):
             categories=dict(listed),
             reason=", ".join(f"{name} {p:.2f}" for name, p in listed),
             found=found,
+            inspected=inspected,
             hold_from=hold_from,
             scores=scores,
         )
