@@ -153,12 +153,8 @@ def train_reference_vlm(
 ) -> None:
     """Train the reference VLM's projector and LoRA, or measure the shipped ones."""
     with _clear_errors():
-        try:
+        with _training_packages():
             from mmguard_trainers import reference_vlm
-        except ImportError as error:
-            raise MMGuardError(
-                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
-            ) from error
         config = reference_vlm.ReferenceVLMConfig(
             scratch=scratch or reference_vlm.default_cache() / "training",
             out=output or reference_vlm.WEIGHTS,
@@ -182,16 +178,12 @@ def train_gate(
     epochs: Annotated[int, typer.Option(min=1, help="At most; training stops early.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Runs whose weights are averaged.")] = 2,
 ) -> None:
-    """Train the gate's text model and write its weights with their card; minutes on two cores."""
+    """Train the gate's text model and write its weights with their card; tens of minutes on a CPU."""
     with _clear_errors():
-        try:
+        with _training_packages():
             from mmguard_plugins.guards.gate.guard import WEIGHTS
             from mmguard_trainers import gate
             from mmguard_trainers.reference_vlm_model import default_cache
-        except ImportError as error:
-            raise MMGuardError(
-                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
-            ) from error
         config = gate.GateTraining(
             data=data,
             out=output or WEIGHTS,
@@ -213,14 +205,10 @@ def train_text_presence(
 ) -> None:
     """Train the net that tells pictures without text, which need not be read."""
     with _clear_errors():
-        try:
+        with _training_packages():
             from mmguard_plugins.guards.image_text.presence import SHIPPED
             from mmguard_trainers import text_presence
             from mmguard_trainers.reference_vlm_model import default_cache
-        except ImportError as error:
-            raise MMGuardError(
-                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
-            ) from error
         config = text_presence.TextPresenceConfig(
             output=output or SHIPPED, photos=photos or default_cache() / "wallpapers"
         )
@@ -235,13 +223,9 @@ def train_text_detector(
 ) -> None:
     """Make the 8-bit text detector out of rapidocr's."""
     with _clear_errors():
-        try:
+        with _training_packages():
             from mmguard_plugins.guards.image_text.detector import SHIPPED
             from mmguard_trainers import text_detector
-        except ImportError as error:
-            raise MMGuardError(
-                f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
-            ) from error
         config = text_detector.TextDetectorConfig(output=output or SHIPPED)
         _out.print_json(data={"weights": str(text_detector.train(config))})
 
@@ -332,6 +316,17 @@ def _progress(total: int) -> Generator[Any]:
 
 def _complain(text: str) -> None:
     _err.print(text, style="red", markup=False, highlight=False, soft_wrap=True)
+
+
+@contextmanager
+def _training_packages() -> Generator[None]:
+    """Name the extra that training needs when an import of the block fails."""
+    try:
+        yield
+    except ImportError as error:
+        raise MMGuardError(
+            f"training needs more packages ({error}); pip install 'mmguard-plugins[demo]'"
+        ) from error
 
 
 @contextmanager
