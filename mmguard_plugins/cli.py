@@ -178,7 +178,7 @@ def train_gate(
     epochs: Annotated[int, typer.Option(min=1, help="At most; training stops early.")] = 3,
     seeds: Annotated[int, typer.Option(min=1, help="Runs whose weights are averaged.")] = 2,
 ) -> None:
-    """Train the gate's text model and write its weights with their card; tens of minutes on a CPU."""
+    """Train the gate's text model, write its weights and card; tens of minutes on a CPU."""
     with _clear_errors():
         with _training_packages():
             from mmguard_plugins.guards.gate.guard import WEIGHTS
