@@ -132,6 +132,20 @@ def test_a_stream_is_cut_where_it_turns_harmful(words_only: Engine) -> None:
     assert "fill the steel pipe" not in sent
 
 
+def test_what_is_new_of_a_stream_is_scored_with_some_text_before_it(words_only: Engine) -> None:
+    growing = Response(BAD, finished=False, cleared=len(BAD) - 10)
+    assert not words_only.check_output(Request(GOOD), Response(BAD[-10:])).blocked
+    assert words_only.check_output(Request(GOOD), growing).blocked
+
+
+def test_the_newest_text_of_a_stream_stays_back(words_only: Engine) -> None:
+    said = "Gardens need light, water and patience. " * 5
+    decision = words_only.check_output(Request(GOOD), Response(said, finished=False))
+    hold = decision.verdicts[0].hold_from
+    assert hold is not None
+    assert 40 <= len(said) - hold <= 100
+
+
 def test_harm_in_the_middle_of_a_long_text_is_found(words_only: Engine) -> None:
     filler = "The committee met on Tuesday to talk about the roof of the library. " * 150
     passage = (
@@ -321,6 +335,8 @@ def test_a_text_model_that_gives_no_numbers_blocks(monkeypatch: pytest.MonkeyPat
     (gate,) = engine.guards
     assert isinstance(gate, Gate)
     monkeypatch.setattr(gate._text, "_session", NoNumbers(1, len(TEXT_CATEGORIES)))
+    with pytest.raises(FloatingPointError, match="no numbers"):
+        gate._text.score([BAD], 9)
     decision = engine.check_input(Request(GOOD))
     assert decision.blocked
     assert decision.failed
